@@ -1,0 +1,29 @@
+# Torch by its stable ABI: headers and libtorch_cpu, nothing else. `find_package(Torch)` would ask for all of CUDA.
+find_package(Python REQUIRED COMPONENTS Interpreter)
+execute_process(
+  COMMAND ${Python_EXECUTABLE} -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent.as_posix(), torch.__version__, sep=';')"
+  OUTPUT_VARIABLE torch_facts OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "latentkv builds against an installed torch: install torch>=2.10 first, then build with "
+                      "`pip install --no-build-isolation`")
+endif()
+list(GET torch_facts 0 TORCH_DIR)
+list(GET torch_facts 1 TORCH_VERSION)
+if(TORCH_VERSION VERSION_LESS 2.10)
+  message(FATAL_ERROR "latentkv needs torch >= 2.10, found ${TORCH_VERSION}")
+endif()
+message(STATUS "torch ${TORCH_VERSION} in ${TORCH_DIR}")
+
+# latentkv_library(<device>): the library `_<device>` from LATENTKV_SOURCES, to be compiled in the calling directory.
+function(latentkv_library device)
+  add_library(_${device} MODULE ${LATENTKV_SOURCES})
+  set_target_properties(_${device} PROPERTIES PREFIX "" SUFFIX ".abi3.so")
+  target_include_directories(_${device} PRIVATE ${PROJECT_SOURCE_DIR}/csrc_${device} ${PROJECT_SOURCE_DIR}/csrc_common)
+  target_include_directories(_${device} SYSTEM PRIVATE ${TORCH_DIR}/include)
+  target_compile_definitions(_${device} PRIVATE TORCH_TARGET_VERSION=0x020A000000000000)
+  # By file name: the library is already loaded when ours is, so no search path is needed at run time.
+  target_link_libraries(_${device} PRIVATE ${TORCH_DIR}/lib/libtorch_cpu.so)
+  target_link_options(_${device} PRIVATE -Wl,--as-needed -Wl,--unresolved-symbols=ignore-in-shared-libs -s)
+  set_target_properties(_${device} PROPERTIES SKIP_BUILD_RPATH ON)
+  install(TARGETS _${device} LIBRARY DESTINATION latentkv)
+endfunction()

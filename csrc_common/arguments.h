@@ -1,0 +1,139 @@
+// Argument checks on the host. Every failure says the op, the argument, what was expected and what came, and is raised
+// before anything is written. python/latentkv/checks.py states the same rules for the providers written in Python.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace latentkv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string list(const std::vector<int64_t>& values) {
+  std::string text = "[";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+inline std::string shape_of(const Tensor& t) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return list(sizes);
+}
+inline std::string strides_of(const Tensor& t) {
+  std::vector<int64_t> strides;
+  for (int64_t i = 0; i < t.dim(); ++i) strides.push_back(t.stride(i));
+  return list(strides);
+}
+
+class Arguments {
+ public:
+  Arguments(const char* op, const char* device_type, int device)
+      : op_(op), device_type_(device_type), device_(device) {}
+
+  template <class Expected, class Got>
+  [[noreturn]] void fail(const char* argument, const Expected& expected, const Got& got) const {
+    std::ostringstream text;
+    text << "latentkv." << op_ << ": " << argument << ": expected " << expected << ", got " << got;
+    throw std::runtime_error(text.str());
+  }
+
+  // A tensor on the op's device whose last dimension is contiguous; A size of -1 matches any.
+  void tensor(const char* argument, const Tensor& t, std::initializer_list<ScalarType> types,
+              std::initializer_list<std::pair<const char*, int64_t>> shape) const {
+    device(argument, t);
+    dtype(argument, t, types);
+    bool matches = t.dim() == static_cast<int64_t>(shape.size());
+    int64_t i = 0;
+    for (const auto& [name, size] : shape) matches = matches && (size < 0 || t.size(i) == size) && ++i;
+    if (!matches) {
+      std::string text;
+      for (const auto& [name, size] : shape) {
+        text += (text.empty() ? "" : ", ") + std::string(name) + (size < 0 ? "" : "=" + std::to_string(size));
+      }
+      fail(argument, "shape [" + text + "]", shape_of(t));
+    }
+    if (t.dim() > 0 && t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) {
+      fail(argument, "a contiguous last dimension (stride 1)", "stride " + std::to_string(t.stride(t.dim() - 1)));
+    }
+  }
+
+  void device(const char* argument, const Tensor& t) const {
+    if (device_ < 0 ? t.is_cpu() : t.is_cuda() && t.get_device_index() == device_) return;
+    const std::string got = t.is_cpu()    ? "cpu"
+                            : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
+                                          : "another device";
+    fail(argument, "a tensor on " + device_name(), "one on " + got);
+  }
+
+  void dtype(const char* argument, const Tensor& t, std::initializer_list<ScalarType> types) const {
+    const ScalarType type = t.scalar_type();
+    if (std::find(types.begin(), types.end(), type) != types.end()) return;
+    std::string text;
+    for (ScalarType allowed : types) text += (text.empty() ? "" : " or ") + name_of(allowed);
+    fail(argument, "dtype " + text, name_of(type));
+  }
+
+  // No two elements share memory: taken by rising stride, each dimension steps over what lies within it.
+  void no_overlap(const char* argument, const Tensor& t) const {
+    std::array<std::pair<int64_t, int64_t>, 4> dims;  // (stride, size), sorted; no tensor here has more dimensions
+    size_t count = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) {
+      const int64_t size = t.size(i);
+      if (size == 0) return;
+      if (size == 1) continue;
+      size_t at = count++;
+      for (; at > 0 && dims[at - 1].first > t.stride(i); --at) dims[at] = dims[at - 1];
+      dims[at] = {t.stride(i), size};
+    }
+    int64_t extent = 1;
+    for (size_t i = 0; i < count; ++i) {
+      const auto [stride, size] = dims[i];
+      if (stride < extent) {
+        fail(argument, "elements that do not overlap in memory",
+             "strides " + strides_of(t) + " for shape " + shape_of(t));
+      }
+      extent += stride * (size - 1);
+    }
+  }
+
+ private:
+  std::string device_name() const {
+    return device_ < 0 ? device_type_ : device_type_ + (":" + std::to_string(device_));
+  }
+
+  const char* op_;
+  const char* device_type_;
+  int device_;
+};
+
+// Whether two regular sets of byte ranges, `a` starting `offset` bytes after `b`, lie side by side in every period.
+inline bool side_by_side(int64_t offset, int64_t period, int64_t a_bytes, int64_t b_bytes) {
+  const int64_t phase = ((offset % period) + period) % period;
+  return phase >= b_bytes && phase + a_bytes <= period;
+}
+
+}  // namespace latentkv

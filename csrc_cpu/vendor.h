@@ -1,0 +1,89 @@
+// The CPU's words for what csrc_common is written in: a lane group is one lane, a launch is a parallel loop.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#define LKV_DEVICE inline
+#define LKV_UNROLL
+#define LKV_DISPATCH_KEY "CPU"
+
+namespace latentkv {
+
+using std::max;
+using std::min;
+
+constexpr const char* kDeviceType = "cpu";
+
+LKV_DEVICE float mul_rn(float a, float b) {
+  return a * b;
+}
+LKV_DEVICE float add_rn(float a, float b) {
+  return a + b;
+}
+LKV_DEVICE float sub_rn(float a, float b) {
+  return a - b;
+}
+LKV_DEVICE float div_rn(float a, float b) {
+  return a / b;
+}
+LKV_DEVICE float fma_rn(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+LKV_DEVICE uint32_t pack_bf16(float low, float high) {
+  return c10::detail::round_to_nearest_even(low) | uint32_t{c10::detail::round_to_nearest_even(high)} << 16;
+}
+LKV_DEVICE uint32_t pack_fp16(float low, float high) {
+  return c10::Half(low).x | uint32_t{c10::Half(high).x} << 16;
+}
+LKV_DEVICE float unpack_fp16(uint16_t bits) {
+  return c10::Half(bits, c10::Half::from_bits());
+}
+constexpr bool kDividesByReciprocal = false;  // one division is cheaper than five emulated FMAs
+
+}  // namespace latentkv
+
+#include "fp8.h"
+#include "launch.h"
+
+namespace latentkv {
+
+constexpr int kMaxLog2Lanes = 0;         // of a group
+constexpr int kMaxGroupHeads = 1 << 20;  // heads that a group may turn, one after the other
+inline int64_t resident_lanes(int) {
+  return 1;
+}
+
+inline bool checks_values(int) {
+  return true;
+}
+class HostView {
+ public:
+  HostView(const void* data, size_t, int) : data_(data) {}
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_;
+};
+
+LKV_DEVICE void wait_for_producer() {}
+
+template <int part, class Kernel>
+void run_part(const Kernel& kernel, const Grid<Kernel::kParts>& grid) {
+  torch::stable::parallel_for(0, grid.part[part].groups, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernel.template run<part>(Group{static_cast<uint32_t>(i), 0, 1});
+  });
+  if constexpr (part + 1 < Kernel::kParts) run_part<part + 1>(kernel, grid);
+}
+
+template <class Kernel>
+void launch(const Kernel& kernel, const Grid<Kernel::kParts>& grid, int) {
+  run_part<0>(kernel, grid);
+}
+
+}  // namespace latentkv

@@ -1,0 +1,28 @@
+"""latentkv: the KV-cache update of multi-head latent attention (MLA), one kernel source for every vendor's GPU."""
+
+from __future__ import annotations
+
+from . import providers
+from .backends import layout_for, select_backend
+from .layouts import CacheLayout, MLACache
+from .platform import Platform
+from .providers import public as _public
+from .rope_table import build_cos_sin_cache
+
+__version__ = "0.1.0"
+__all__ = [
+    "CacheLayout",
+    "MLACache",
+    "Platform",
+    "build_cos_sin_cache",
+    "layout_for",
+    "providers",
+    "rope_",
+    "rope_write_cache_",
+    "select_backend",
+    "write_cache_",
+]
+
+rope_ = _public.rope_
+write_cache_ = _public.write_cache_
+rope_write_cache_ = _public.rope_write_cache_

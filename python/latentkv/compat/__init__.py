@@ -1,0 +1,1 @@
+"""Other engines' signatures on top of latentkv."""

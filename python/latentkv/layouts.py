@@ -1,0 +1,227 @@
+"""How the rows of an MLA cache lie in memory: formats, layouts and the cache handle.
+
+Shapes use the words of the library: L = ``kv_lora_rank``, R = ``rope_dim``, B = blocks, bs = block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from .platform import Platform
+
+__all__ = ["FORMATS", "CacheLayout", "Format", "MLACache", "Placement", "resolve_format"]
+
+Placement = Literal["concat", "split"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one row element is stored.
+
+    ``dtype`` is torch's own type for it; a quantised format may also be backed by ``torch.uint8``. ``max`` is the
+    largest finite value of a quantised format and ``nan`` the byte that every NaN becomes; both are None where
+    activations are copied verbatim.
+    """
+
+    name: str
+    dtype: torch.dtype
+    max: float | None = None
+    nan: int | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether values are divided by the cache's scale and rounded (True) or copied verbatim (False)."""
+        return self.max is not None
+
+    @property
+    def storage_dtypes(self) -> tuple[torch.dtype, ...]:
+        """The tensor dtypes that may hold this format."""
+        return (self.dtype, torch.uint8) if self.quantised else (self.dtype,)
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("bf16", torch.bfloat16),
+        Format("fp16", torch.float16),
+        Format("fp32", torch.float32),
+        Format("fp8_e4m3fn", torch.float8_e4m3fn, max=448.0, nan=0x7F),
+        Format("fp8_e4m3fnuz", torch.float8_e4m3fnuz, max=240.0, nan=0x80),
+        Format("fp8_e5m2", torch.float8_e5m2, max=57344.0, nan=0x7F),
+    )
+}
+
+
+def resolve_format(format: str, platform: Platform | None = None) -> str:
+    """The format a user's word means: ``"fp8"`` is the e4m3 kind of ``platform`` (None: of this machine).
+
+    Raises:
+        ValueError: ``format`` is not a known name.
+    """
+    if format == "fp8":
+        return (platform or Platform.detect()).fp8_format
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)} or fp8, got {format!r}")
+    return format
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How one attention backend wants the cache: row size, block size, element format and placement.
+
+    Args:
+        kv_lora_rank: L, elements of the latent vector, at least 1.
+        rope_dim: R, elements of the shared rope key; even, 0 for models without one.
+        block_size: rows (tokens) in a block, at least 1.
+        format: a key of :data:`FORMATS`, or ``"fp8"`` for this machine's e4m3 kind.
+        placement: ``"concat"`` keeps latent and rope in one row of L + R elements; ``"split"`` in two tensors.
+
+    Raises:
+        ValueError: a field is out of range or unknown.
+    """
+
+    kv_lora_rank: int = 512
+    rope_dim: int = 64
+    block_size: int = 64
+    format: str = "bf16"
+    placement: Placement = "concat"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", resolve_format(self.format))
+        if self.kv_lora_rank < 1:
+            raise ValueError(f"kv_lora_rank: expected at least 1, got {self.kv_lora_rank}")
+        if self.rope_dim < 0 or self.rope_dim % 2:
+            raise ValueError(f"rope_dim: expected an even number, at least 0, got {self.rope_dim}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+        if self.placement not in get_args(Placement):
+            raise ValueError(f"placement: expected one of {get_args(Placement)}, got {self.placement!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors that :meth:`allocate` makes."""
+        return FORMATS[self.format].dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one token takes, both parts together."""
+        return (self.kv_lora_rank + self.rope_dim) * self.dtype.itemsize
+
+    def shapes(self, num_blocks: int) -> tuple[tuple[int, int, int], ...]:
+        """The shape of each tensor of a cache of ``num_blocks`` blocks: one for concat, two for split."""
+        widths: tuple[int, ...] = (self.kv_lora_rank, self.rope_dim)
+        if self.placement == "concat":
+            widths = (sum(widths),)
+        return tuple((num_blocks, self.block_size, w) for w in widths)
+
+    def allocate(
+        self, num_blocks: int, device: torch.device | str, scale: float | torch.Tensor | None = None
+    ) -> MLACache:
+        """A zeroed cache of ``num_blocks`` blocks on ``device``.
+
+        ``scale`` is the dequantisation scale of a quantised format (stored = convert(x / scale)): a float, one fp32
+        element on ``device``, or None for 1.0.
+        """
+        if isinstance(scale, float | int):
+            scale = torch.tensor([scale], dtype=torch.float32, device=device)
+        tensors = [torch.zeros(shape, dtype=self.dtype, device=device) for shape in self.shapes(num_blocks)]
+        return MLACache.wrap(tensors, self, scale)
+
+
+@dataclass(frozen=True, eq=False)
+class MLACache:
+    """A paged latent cache: its tensors, their layout and the dequantisation scale. It owns no memory of its own.
+
+    Make one with :meth:`CacheLayout.allocate`, or around an engine's storage with :meth:`wrap`.
+
+    Attributes:
+        data: [B, bs, >= L + R] (concat) or the latent tensor [B, bs, >= L] (split).
+        rope_data: the rope tensor [B, bs, >= R] of a split cache, else None.
+        layout: how to read them.
+        scale: one fp32 element on the same device, or None for 1.0; ignored by 16/32-bit formats.
+    """
+
+    data: torch.Tensor
+    rope_data: torch.Tensor | None
+    layout: CacheLayout
+    scale: torch.Tensor | None = None
+
+    @classmethod
+    def wrap(
+        cls,
+        tensors: torch.Tensor | Sequence[torch.Tensor],
+        layout: CacheLayout,
+        scale: torch.Tensor | None = None,
+    ) -> MLACache:
+        """Wraps an engine's own storage without copying.
+
+        Args:
+            tensors: one tensor (concat) or a (latent, rope) pair (split), each [B, bs, C] or [B, 1, bs, C]. C may be
+                wider than the row, blocks may be padded and views may start anywhere in their storage.
+            layout: the meaning of the bytes. A quantised format may come in its own dtype or as ``torch.uint8``.
+            scale: one fp32 element on the same device, or None.
+
+        Raises:
+            ValueError: a tensor's rank, shape, dtype or device, or the scale, contradicts the layout.
+        """
+        parts = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        shapes = layout.shapes(parts[0].shape[0] if parts else 0)
+        if len(parts) != len(shapes):
+            raise ValueError(f"tensors: expected {len(shapes)} for placement {layout.placement!r}, got {len(parts)}")
+        views = []
+        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
+            view = part.squeeze(1) if part.dim() == 4 and part.shape[1] == 1 else part
+            if view.dim() != 3 or view.shape[:2] != shape[:2] or view.shape[2] < shape[2]:
+                raise ValueError(f"tensors[{i}]: expected shape {list(shape)}, got {list(part.shape)}")
+            allowed = FORMATS[layout.format].storage_dtypes
+            if part.dtype not in allowed:
+                names = " or ".join(str(d) for d in allowed)
+                raise ValueError(f"tensors[{i}]: expected dtype {names} for format {layout.format}, got {part.dtype}")
+            if part.device != parts[0].device:
+                raise ValueError(f"tensors[{i}]: expected device {parts[0].device}, got {part.device}")
+            views.append(view)
+        if scale is not None and (
+            scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != parts[0].device
+        ):
+            raise ValueError(
+                f"scale: expected one float32 element on {parts[0].device}, "
+                f"got {scale.dtype} {list(scale.shape)} on {scale.device}"
+            )
+        return cls(views[0], views[1] if len(views) == 2 else None, layout, scale)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The cache's tensors: one for concat, (latent, rope) for split."""
+        return (self.data,) if self.rope_data is None else (self.data, self.rope_data)
+
+    @property
+    def latent(self) -> torch.Tensor:
+        """The latent part of every row, a view [B, bs, L]."""
+        return self.data[..., : self.layout.kv_lora_rank]
+
+    @property
+    def rope(self) -> torch.Tensor:
+        """The rope part of every row, a view [B, bs, R]."""
+        if self.rope_data is not None:
+            return self.rope_data[..., : self.layout.rope_dim]
+        start = self.layout.kv_lora_rank
+        return self.data[..., start : start + self.layout.rope_dim]
+
+    @property
+    def num_blocks(self) -> int:
+        """B, the number of blocks."""
+        return self.data.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """The rows that fit: B * bs. Valid slots are 0 .. num_slots - 1."""
+        return self.data.shape[0] * self.data.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the rows."""
+        return self.data.device

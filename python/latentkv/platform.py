@@ -1,0 +1,78 @@
+"""Which machine a cache is for: the kind of device and its architecture."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+__all__ = ["Kind", "Platform"]
+
+Kind = Literal["cuda", "rocm", "cpu"]
+
+# How an architecture is written, by kind. Group 1 is what counts: neither the "a" or "f" of a compile target
+# (sm_90a) nor the features behind a ROCm name (gfx942:sramecc+:xnack-) make it another chip.
+_ARCH = {"cuda": r"(|sm_\d+)[af]?", "rocm": r"(|gfx[\w-]+)(?::.*)?", "cpu": r"(.*)"}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of device and its architecture: this machine's from :meth:`detect`, any other's by hand.
+
+    Args:
+        kind: ``"cuda"``, ``"rocm"`` or ``"cpu"``.
+        arch: ``"sm_90"``, ``"gfx942"``, ``"x86_64"``; empty where it does not matter.
+
+    Raises:
+        ValueError: ``kind`` is unknown, or ``arch`` is no architecture of that kind.
+    """
+
+    kind: Kind
+    arch: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"Platform: kind: expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        match = re.fullmatch(_ARCH[self.kind], self.arch)
+        if match is None:
+            example = {"cuda": "sm_90", "rocm": "gfx942"}[self.kind]
+            raise ValueError(f"Platform: arch: expected a name like {example} for {self.kind}, got {self.arch!r}")
+        object.__setattr__(self, "arch", match[1])
+
+    @classmethod
+    @functools.cache
+    def detect(cls) -> Platform:
+        """The platform of this process, as torch sees its first device; looked up once.
+
+        A machine without a GPU, or with a torch that cannot use it, is ``cpu`` with the processor's name.
+        """
+        if not torch.cuda.is_available():
+            return cls("cpu", platform.machine())
+        if torch.version.hip:
+            return cls("rocm", torch.cuda.get_device_properties(0).gcnArchName)
+        major, minor = torch.cuda.get_device_capability(0)
+        return cls("cuda", f"sm_{major}{minor}")
+
+    @property
+    def fp8_format(self) -> str:
+        """The e4m3 kind that this architecture computes with, which ``format="fp8"`` means."""
+        return "fp8_e4m3fnuz" if self.arch in ("gfx940", "gfx941", "gfx942") else "fp8_e4m3fn"
+
+    def is_a(self, arch: str) -> bool:
+        """Whether this is the architecture ``arch``.
+
+        ``"gfx942"`` is that chip alone, ``"sm_100"`` every chip of its generation (sm_103 too: engines gate
+        their kernels by the major version), ``"sm_80+"`` that chip and all later ones.
+        """
+        if not self.arch.startswith("sm_"):
+            return self.arch == arch
+        if arch.endswith("+"):
+            return int(self.arch[3:]) >= int(arch[3:-1])
+        return self.arch[:-1] == arch[:-1]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.arch}".strip()

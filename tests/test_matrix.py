@@ -1,0 +1,83 @@
+"""The shared matrix: every case, on every device, to the bytes of the reference on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latentkv import providers
+from latentkv.backends import BACKENDS
+from latentkv.layouts import FORMATS, CacheLayout
+from latentkv.testing import Case, Problem, for_layout, matrix
+from latentkv.testing.matrix import ACTIVATIONS, formats_for
+
+CASES = list(matrix())
+
+
+def differences(case: Case, device: str) -> list[str]:
+    """Where ``native`` on the device, or the reference on a GPU, leaves other bytes than the CPU's reference."""
+    wanted = Problem(case, "cpu")
+    wanted.run(providers.reference)
+    found = []
+    for provider in (providers.native, providers.reference):
+        if provider is providers.reference and device == "cpu":
+            continue
+        actual = Problem(case, device)
+        actual.run(provider)
+        found += [f"{case}: {provider.name} on {device}: {d}" for d in actual.differences(wanted)]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bytes(case: Case, device: str) -> None:
+    assert differences(case, device) == []
+
+
+def test_backends(mla_backend: str, mla_layouts: list[CacheLayout], device: str) -> None:
+    """Every plain layout that an attention backend reads; the packed formats are not written yet."""
+    readable = {f for f in BACKENDS[mla_backend].formats if f in FORMATS}
+    assert {layout.format for layout in mla_layouts} == readable
+    if not readable:
+        pytest.skip(f"{mla_backend} reads no plain format")
+    cases = [case for layout in mla_layouts for case in for_layout(layout)]
+    assert {case.layout.format for case in cases} == readable
+    assert [d for case in cases for d in differences(case, device)] == []
+
+
+# ------------------------------------------------------------------------------------------ the matrix itself
+
+
+def test_a_problem_is_equal_for_equal_seeds(device: str) -> None:
+    for case in CASES[::97]:
+        one, same, other = Problem(case, "cpu"), Problem(case, device), Problem(case, "cpu", seed=1)
+        assert one.differences(same) == []
+        assert torch.equal(one.slots, same.slots.cpu())
+        assert one.differences(other) != []
+
+
+def test_a_problem_runs(device: str) -> None:
+    """What the comparison sees: each op writes exactly the buffers that it should."""
+    for case in CASES[::41]:
+        before, after = Problem(case, device), Problem(case, device)
+        after.run(providers.native)
+        changed = {d.partition(":")[0] for d in after.differences(before)}
+        key = "k_pe" if case.strides == "contiguous" else "kv"
+        may = set() if case.op == "write_cache_" else {"q_pe", key}
+        may |= set() if case.op == "rope_" else {"cache0", "cache1"}
+        assert changed <= may, f"{case}: wrote {changed}"
+        if case.rows == "full" and case.op != "write_cache_" and case.rope != "none":
+            assert "q_pe" in changed, str(case)
+
+
+def test_the_matrix_meets_every_choice() -> None:
+    assert len({str(c) for c in CASES}) == len(CASES)
+    pairs = {(c.activation, c.layout.format) for c in CASES if c.op != "rope_"}
+    assert pairs == {(a, f) for a in ACTIVATIONS for f in formats_for(a)}
+    assert {f for _, f in pairs} == set(FORMATS)
+    writes = [c for c in CASES if c.op != "rope_"]
+    rotated = [c for c in writes if c.rope != "none"]
+    for axis in ("strides", "rows", "table", "index", "tokens", "heads", "as_bytes", "pages", "scale"):
+        values = {getattr(c, axis) for c in writes}
+        for rope in ("gptj", "neox"):
+            for placement in ("concat", "split"):
+                met = {getattr(c, axis) for c in rotated if (c.rope, c.layout.placement) == (rope, placement)}
+                assert met == values, f"{axis}: {rope} {placement} meets only {met} of {values}"
