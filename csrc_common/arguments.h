@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
-#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,18 +17,26 @@ namespace latentkv {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Torch's own name of a dtype, as Python prints it.
 inline std::string name_of(ScalarType type) {
   switch (type) {
+    case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Half: return "float16";
     case ScalarType::Float: return "float32";
     case ScalarType::Double: return "float64";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
     case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
     default: return torch::headeronly::toString(type);
   }
 }
@@ -54,11 +62,12 @@ class Arguments {
   Arguments(const char* op, const char* device_type, int device)
       : op_(op), device_type_(device_type), device_(device) {}
 
-  template <class Expected, class Got>
-  [[noreturn]] void fail(const char* argument, const Expected& expected, const Got& got) const {
-    std::ostringstream text;
-    text << "latentkv." << op_ << ": " << argument << ": expected " << expected << ", got " << got;
-    throw std::runtime_error(text.str());
+  [[noreturn]] void fail(const std::string& argument, const std::string& expected, const std::string& got) const {
+    throw std::runtime_error("latentkv." + std::string(op_) + ": " + argument + ": expected " + expected + ", got " +
+                             got);
+  }
+  [[noreturn]] void fail(const std::string& argument, const std::string& expected, int64_t got) const {
+    fail(argument, expected, std::to_string(got));
   }
 
   // A tensor on the op's device whose last dimension is contiguous; A size of -1 matches any.

@@ -359,11 +359,15 @@ void run(const Call& call) {
   const int device = lead.is_cpu() ? -1 : lead.get_device_index();
   const Arguments args(call.op, kDeviceType, device);
 
-  // Checks.
-  args.device(call.kv_c ? "kv_c" : call.q_name, lead);
-  const int64_t tokens_all = lead.dim() ? lead.size(0) : -1;
+  // Checks. kv_c leads, or q where there is none: it says what device, dtype and N the others must have.
+  if (call.kv_c) {
+    args.tensor("kv_c", lead, kActivations, {{"N", -1}, {"L", -1}});
+  } else {
+    args.tensor(call.q_name, lead, kActivations, {{"N", -1}, {"H", -1}, {"R", -1}});
+  }
+  const int64_t tokens_all = lead.size(0), latent_dim = call.kv_c ? lead.size(1) : 0;
   const ScalarType activation = lead.scalar_type();
-  int64_t latent_dim = 0, rope_dim = 0;
+  int64_t rope_dim = 0;
   if ((call.positions == nullptr) != (call.table == nullptr)) {
     args.fail(call.table ? "positions" : "cos_sin_cache", "a tensor, as for the other of positions and cos_sin_cache",
               "None");
@@ -387,10 +391,6 @@ void run(const Call& call) {
   }
   if (call.q) args.dtype(call.q_name, *call.q, {activation});
   if (rope_dim % 2) args.fail(call.q ? call.q_name : call.k_name, "an even rope dimension R", rope_dim);
-  if (call.kv_c) {
-    args.tensor("kv_c", *call.kv_c, kActivations, {{"N", tokens_all}, {"L", -1}});
-    latent_dim = call.kv_c->size(1);
-  }
   if (call.table) {
     args.tensor("cos_sin_cache", *call.table, kActivations, {{"max_position", -1}, {"R", rope_dim}});
   }

@@ -85,7 +85,7 @@ class Quotient {
   }
   LKV_DEVICE float of(float x) const {
     if constexpr (!kDividesByReciprocal) return div_rn(x, scale_);
-    const float a = min(max(mul_rn(x, shift_), -limit_), limit_);
+    const float magnitude = bits_float(float_bits(x) & 0x7FFFFFFF), a = min(mul_rn(magnitude, shift_), limit_);
     const float q0 = mul_rn(a, reciprocal_);
     const float q1 = fma_rn(fma_rn(-q0, scale_, a), reciprocal_, q0);
     const float q2 = fma_rn(fma_rn(-q1, scale_, a), reciprocal_, q1);

@@ -5,22 +5,17 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define LKV_DEVICE __device__ __forceinline__
 #define LKV_UNROLL _Pragma("unroll")
 #define LKV_DISPATCH_KEY "CUDA"
-#define LKV_CUDA_CHECK(call)                                                              \
-  do {                                                                                    \
-    const cudaError_t error = (call);                                                     \
-    STD_TORCH_CHECK(error == cudaSuccess, "latentkv: CUDA: ", cudaGetErrorString(error)); \
-  } while (0)
-
 // Torch's shim hides this behind USE_CUDA; it lives in libtorch_cuda.
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -82,15 +77,19 @@ constexpr int kMaxLog2Lanes = 5;   // of a group
 constexpr int kMaxGroupHeads = 2;  // heads that a group may turn, one after the other
 constexpr int kBlock = 128;        // threads of a block
 
+inline void cuda_check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("latentkv: CUDA: ") + cudaGetErrorString(error));
+}
+
 inline int64_t resident_lanes(int device) {
   static const std::vector<int64_t> lanes = [] {
     int count = 0;
-    LKV_CUDA_CHECK(cudaGetDeviceCount(&count));
+    cuda_check(cudaGetDeviceCount(&count));
     std::vector<int64_t> result;
     for (int d = 0; d < count; ++d) {
       int processors = 0, threads = 0;
-      LKV_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, d));
-      LKV_CUDA_CHECK(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, d));
+      cuda_check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, d));
+      cuda_check(cudaDeviceGetAttribute(&threads, cudaDevAttrMaxThreadsPerMultiProcessor, d));
       result.push_back(int64_t{processors} * threads);
     }
     return result;
@@ -100,7 +99,7 @@ inline int64_t resident_lanes(int device) {
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "latentkv: no current CUDA stream");
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != 0) throw std::runtime_error("latentkv: no CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -112,15 +111,15 @@ inline bool checks_values(int device) {
   }();
   if (!enabled) return false;
   cudaStreamCaptureStatus status;
-  LKV_CUDA_CHECK(cudaStreamIsCapturing(current_stream(device), &status));
+  cuda_check(cudaStreamIsCapturing(current_stream(device), &status));
   return status == cudaStreamCaptureStatusNone;
 }
 class HostView {
  public:
   HostView(const void* data, size_t bytes, int device) : copy_(bytes) {
     const cudaStream_t stream = current_stream(device);
-    LKV_CUDA_CHECK(cudaMemcpyAsync(copy_.data(), data, bytes, cudaMemcpyDeviceToHost, stream));
-    LKV_CUDA_CHECK(cudaStreamSynchronize(stream));
+    cuda_check(cudaMemcpyAsync(copy_.data(), data, bytes, cudaMemcpyDeviceToHost, stream));
+    cuda_check(cudaStreamSynchronize(stream));
   }
   const void* data() const { return copy_.data(); }
 
@@ -169,8 +168,8 @@ __global__ void __launch_bounds__(kBlock)
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
-    LKV_CUDA_CHECK(cudaGetDevice(&previous_));
-    if (previous_ != device_) LKV_CUDA_CHECK(cudaSetDevice(device_));
+    cuda_check(cudaGetDevice(&previous_));
+    if (previous_ != device_) cuda_check(cudaSetDevice(device_));
   }
   ~DeviceGuard() {
     if (previous_ != device_) cudaSetDevice(previous_);
@@ -183,13 +182,14 @@ class DeviceGuard {
 
 template <class Kernel>
 void launch(const Kernel& kernel, const Grid<Kernel::kParts>& grid, int device) {
-  const DeviceGuard guard(device);
   Blocks<Kernel::kParts> blocks{};
   for (int i = 0; i < Kernel::kParts; ++i) {
     const uint64_t threads = uint64_t{grid.part[i].groups} << grid.part[i].log2_lanes;
     blocks.part[i] = grid.part[i];
     blocks.first_block[i + 1] = blocks.first_block[i] + static_cast<uint32_t>((threads + kBlock - 1) / kBlock);
   }
+  if (blocks.first_block[Kernel::kParts] == 0) return;
+  const DeviceGuard guard(device);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -201,11 +201,11 @@ void launch(const Kernel& kernel, const Grid<Kernel::kParts>& grid, int device) 
   // Without the wait in its code a grid must not overlap: the machine code in use says whether it has it.
   static const bool waits = [] {
     cudaFuncAttributes attributes;
-    LKV_CUDA_CHECK(cudaFuncGetAttributes(&attributes, run_lane_groups<Kernel>));
+    cuda_check(cudaFuncGetAttributes(&attributes, run_lane_groups<Kernel>));
     return attributes.ptxVersion >= 90;
   }();
   config.numAttrs = waits && overlap_enabled() ? 1 : 0;
-  LKV_CUDA_CHECK(cudaLaunchKernelEx(&config, run_lane_groups<Kernel>, blocks, kernel));
+  cuda_check(cudaLaunchKernelEx(&config, run_lane_groups<Kernel>, blocks, kernel));
 }
 
 }  // namespace latentkv

@@ -23,6 +23,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # The tensors here are too small to share among threads, and workers of pytest-xdist would fight over the cores.
 torch.set_num_threads(1)
 
+# Leaves no import hook of an editable install between a copy of the package and its path.
+PLAIN_IMPORTS = (
+    "import sys; sys.meta_path[:] = [f for f in sys.meta_path if f.__module__.startswith('_frozen_importlib')]\n"
+)
+
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -39,7 +44,7 @@ def python() -> Python:
     def run(code: str, path: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("LATENTKV_")}
         env["PYTHONPATH"] = str(path or Path(latentkv.__file__).parents[1])
-        command = [sys.executable, "-c", code]
+        command = [sys.executable, "-c", PLAIN_IMPORTS + code if path else code]
         return subprocess.run(command, env=env | variables, capture_output=True, text=True, timeout=300)
 
     return run

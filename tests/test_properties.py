@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -18,17 +19,23 @@ from latentkv.testing.matrix import ACTIVATIONS, formats_for
 from torch import Tensor
 
 MAX_POSITION = 50
+Ints = Sequence[int]
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 # Zeros, infinities, subnormals, the largest and smallest numbers, quiet and signalling NaNs of both signs.
 SPECIAL = {
-    torch.bfloat16: (0, 0x8000, 0x3F80, 0xBF80, 0x7F80, 0xFF80, 1, 0x807F, 0x7F7F, 0x80, 0x7FC0, 0xFFC1, 0x7F81, 0xFFBF),
-    torch.float16: (0, 0x8000, 0x3C00, 0xBC00, 0x7C00, 0xFC00, 1, 0x83FF, 0x7BFF, 0x400, 0x7E00, 0xFE01, 0x7C01, 0xFDFF),
-    torch.float32: (
-        *(0, 0x80000000, 0x3F800000, 0xBF800000, 0x7F800000, 0xFF800000, 1, 0x807FFFFF, 0x7F7FFFFF, 0x800000),
-        *(0x7FC00000, 0xFFC00001, 0x7F800001, 0xFFBFFFFF),
-    ),
-}  # fmt: skip
+    torch.bfloat16: "0 8000 3F80 BF80 7F80 FF80 1 807F 7F7F 80 7FC0 FFC1 7F81 FFBF",
+    torch.float16: "0 8000 3C00 BC00 7C00 FC00 1 83FF 7BFF 400 7E00 FE01 7C01 FDFF",
+    torch.float32: "0 80000000 3F800000 BF800000 7F800000 FF800000 1 807FFFFF 7F7FFFFF 800000 "
+    "7FC00000 FFC00001 7F800001 FFBFFFFF",
+}
+
+
+def special(dtype: torch.dtype) -> Tensor:
+    """Those values, as integers of the dtype's size."""
+    size = 8 * dtype.itemsize
+    patterns = [int(word, 16) for word in SPECIAL[dtype].split()]
+    return torch.tensor([p - (p >> size - 1 << size) for p in patterns], dtype=BITS[dtype.itemsize])
 
 
 @dataclass(frozen=True)
@@ -144,17 +151,15 @@ class Memory:
         scale = None if spec.scale is None else torch.tensor([spec.scale], device=device)
         self.cache = MLACache.wrap(tensors, layout, scale)
 
-    def _view(
-        self, name: str, shape: list[int] | tuple[int, ...], strides: list[int] | tuple[int, ...], dtype: torch.dtype, offset: int
-    ) -> Tensor:  # fmt: skip
+    def _view(self, name: str, shape: Ints, strides: Ints, dtype: torch.dtype, offset: int) -> Tensor:
         extent = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if 0 not in shape else 0
         # as_strided lays bounds around empty tensors too
         self.buffers[name] = poisoned((max(extent, offset) + 16) * dtype.itemsize, self.device).view(dtype)
         return self.buffers[name].as_strided(shape, strides, offset)
 
     def _filled(
-        self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int, values: str | None = None
-    ) -> Tensor:  # fmt: skip
+        self, name: str, shape: Ints, strides: Ints, dtype: torch.dtype, offset: int, values: str | None = None
+    ) -> Tensor:
         kind = BITS[dtype.itemsize]
         values = values or self.spec.values
         if values == "normal":
@@ -164,9 +169,8 @@ class Memory:
             angle = torch.rand((*shape[:-1], shape[-1] // 2), generator=self._random) * 7
             bits = torch.cat([angle.cos(), angle.sin()], -1).to(dtype).view(kind)
         elif values == "special":
-            choice = torch.randint(0, len(SPECIAL[dtype]), shape, generator=self._random)
-            signed = [b - (1 << 8 * dtype.itemsize) * (b >> 8 * dtype.itemsize - 1) for b in SPECIAL[dtype]]
-            bits = torch.tensor(signed, dtype=kind)[choice]
+            choice = special(dtype)
+            bits = choice[torch.randint(0, len(choice), shape, generator=self._random)]
         else:
             size = 1 << 8 * dtype.itemsize
             bits = torch.randint(-size // 2, size // 2, shape, generator=self._random).to(kind)
@@ -300,7 +304,6 @@ def test_spec_reaches_every_path() -> None:
 
 @pytest.mark.parametrize("dtype", list(SPECIAL), ids=str)
 def test_special_values(dtype: torch.dtype) -> None:
-    signed = [b - (1 << 8 * dtype.itemsize) * (b >> 8 * dtype.itemsize - 1) for b in SPECIAL[dtype]]
-    values = torch.tensor(signed, dtype=BITS[dtype.itemsize]).view(dtype)
+    values = special(dtype).view(dtype)
     assert int(values.isnan().sum()) == 4 and int(values.isinf().sum()) == 2 and int((values == 0).sum()) == 2
     assert int(((values != 0) & (values.abs() < torch.finfo(dtype).tiny)).sum()) == 2

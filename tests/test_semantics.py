@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -658,7 +657,7 @@ def test_division_by_any_scale(device: str, provider: Provider, format: str) -> 
 
 def test_oracle_of_fp8() -> None:
     """The search for the nearest value, against ml_dtypes."""
-    numpy, ml_dtypes = importlib.import_module("numpy"), pytest.importorskip("ml_dtypes")
+    numpy, ml_dtypes = pytest.importorskip("numpy"), pytest.importorskip("ml_dtypes")
     random = torch.Generator().manual_seed(2)
     x = torch.randint(-(2**31), 2**31 - 1, (1 << 18,), generator=random).to(torch.int32).view(torch.float32)
     x = torch.cat([x, torch.randn((1 << 16,), generator=random), torch.randn((1 << 16,), generator=random) * 0.01])

@@ -69,9 +69,9 @@ class Provider:
     def write_cache_(self, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, cache: MLACache) -> None:
         """Writes one row [kv_c | k_pe] per token into the paged cache.
 
-        Row i goes to slot ``slot_mapping[i]``: block slot // bs, entry slot % bs. A negative slot is not written; nor is
-        one past the end on a GPU, while the CPU raises. fp8 formats store convert(x / scale): fp32 division, clamp to
-        the finite range, round to nearest even. Two rows with one slot: which of them stays is undefined.
+        Row i goes to slot ``slot_mapping[i]``: block slot // bs, entry slot % bs. A negative slot is not written; nor
+        is one past the end on a GPU, while the CPU raises. fp8 formats store convert(x / scale): fp32 division, clamp
+        to the finite range, round to nearest even. Two rows with one slot: which of them stays is undefined.
 
         Args:
             kv_c: [N, L] latent vectors; bf16, fp16 or fp32, equal to the cache's format where that is not fp8.

@@ -83,7 +83,8 @@ def rope_write_cache_(
     """See :meth:`latentkv.providers.Provider.rope_write_cache_`."""
     _update(
         "rope_write_cache_",
-        positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, cache, rope_cache, scale, format, is_neox, rope_masked,
+        positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, cache, rope_cache, scale, format,
+        is_neox, rope_masked,
     )  # fmt: skip
 
 
@@ -103,14 +104,14 @@ def _update(
     rope_masked: bool,
 ) -> None:
     args = Arguments(op, kv_c.device)
-    n = kv_c.shape[0] if kv_c.dim() else -1
+    args.tensor("kv_c", kv_c, ACTIVATIONS, N=-1, L=-1)
+    n = kv_c.shape[0]
     if q_pe is not None:
         args.tensor("q_pe", q_pe, ACTIVATIONS, N=n, H=-1, R=-1)
     rope_dim = q_pe.shape[2] if q_pe is not None else k_pe.shape[-1] if k_pe.dim() else -1
     _check_positions(args, n, positions, table, rope_dim)
     args.tensor("k_pe", k_pe, ACTIVATIONS, N=n, R=rope_dim)
     _check_pairs(args, "q_pe", q_pe, "k_pe", k_pe, kv_c.dtype)
-    args.tensor("kv_c", kv_c, ACTIVATIONS, N=n, L=-1)
     args.tensor("slot_mapping", slots, INDEX_TYPES, T=-1)
     if slots.shape[0] > n:
         args.fail("slot_mapping", f"at most N={n} entries", slots.shape[0])

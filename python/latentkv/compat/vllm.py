@@ -18,7 +18,7 @@ _FORMATS = {"bfloat16": "bf16", "float16": "fp16", "fp8_e5m2": "fp8_e5m2"}
 
 
 def _format(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
-    """The format that vLLM's word means: ``auto`` is the dtype of the activations, ``fp8`` the platform's e4m3."""
+    """The format that vLLM's word means: ``auto`` is the activations' dtype, ``fp8`` the platform's e4m3."""
     if kv_cache_dtype == "auto":
         return next((f.name for f in FORMATS.values() if f.dtype == kv_c.dtype), str(kv_c.dtype))
     if kv_cache_dtype in ("fp8", "fp8_e4m3"):

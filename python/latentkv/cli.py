@@ -1,0 +1,465 @@
+"""The command line: ``latentkv info | demo | verify | bench``, also ``python -m latentkv``."""
+
+from __future__ import annotations
+
+import os
+import platform as host
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from . import __version__, layout_for, providers, select_backend
+from .backends import BACKENDS, Selection
+from .bench import (
+    FUSED,
+    VLLM,
+    Bench,
+    Inputs,
+    PeerError,
+    Row,
+    device_name,
+    environment,
+    plot,
+    provider_call,
+    read_csv,
+    rope_table,
+    write_csv,
+)
+from .layouts import FORMATS, CacheLayout, resolve_format
+from .models import MODELS, Model
+from .models import model as model_named
+from .platform import Platform
+from .testing import Case, check, first_difference, for_layout, matrix
+
+app = typer.Typer(
+    name="latentkv",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="The KV-cache update of multi-head latent attention: what is here, is it right, how fast is it.",
+)
+_WIDTH = None if sys.stdout.isatty() else 120  # of tables in logs and pipes
+console = Console(width=_WIDTH, highlight=False)
+progress_console = Console(stderr=True)
+T = TypeVar("T")
+
+OpName = Literal["rope_", "write_cache_", "rope_write_cache_"]
+DeviceOption = Annotated[
+    Literal["cpu", "cuda"] | None,
+    typer.Option("--device", help="cuda is a GPU of either vendor, and preferred."),
+]
+ModelOption = Annotated[str, typer.Option("--model", help=f"The model: {', '.join(MODELS)}.")]
+HeadsOption = Annotated[
+    int | None,
+    typer.Option("--heads", min=1, help="Query heads on one device; by default all of the model's."),
+]
+FormatOption = Annotated[
+    str,
+    typer.Option("--format", help=f"The row format: {', '.join(FORMATS)}, or fp8: e4m3 as the device has it."),
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option("--backend", help=f"The attention backend, else dispatch chooses: {', '.join(BACKENDS)}."),
+]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the times into this .png, .svg or .pdf file.")]
+
+
+# ------------------------------------------------------------------------------------------- options
+
+
+@contextmanager
+def _option(name: str) -> Iterator[None]:
+    """Reports a ValueError of the library as what is wrong with an option."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"^(\w+: )+", "", "; ".join(map(str.strip, str(error).splitlines())))
+        raise typer.BadParameter(text, param_hint=name) from error
+
+
+def _device(name: str | None, timed: bool = False) -> torch.device:
+    """The device to run on. One to be timed has native kernels, unless it is the CPU."""
+    why_not = "" if torch.cuda.is_available() else "torch finds no GPU here"
+    if timed and not why_not and providers.served_by["cuda"] != "native":
+        cause = providers.library_errors.get("cuda", "LATENTKV_PROVIDER")
+        why_not = f"the GPU has no native kernels ({cause})"
+    if name == "cuda" and why_not:
+        raise typer.BadParameter(f"expected cpu, as {why_not}, got cuda", param_hint="--device")
+    return torch.device(name or ("cpu" if why_not else "cuda"))
+
+
+def _platform(device: torch.device) -> Platform:
+    return Platform.detect() if device.type == "cuda" else Platform("cpu", host.machine())
+
+
+def _select(device: torch.device, model: Model, heads: int, format: str, backend: str | None) -> Selection:
+    environ = "LATENTKV_BACKEND" if os.environ.get("LATENTKV_BACKEND") else "--format"
+    with _option("--backend" if backend else environ):
+        return select_backend(
+            _platform(device),
+            heads=heads,
+            format=format,
+            kv_lora_rank=model.kv_lora_rank,
+            rope_dim=model.rope_dim,
+            prefer=backend,
+        )
+
+
+def _output(path: Path | None, option: str, *suffixes: str) -> None:
+    """Fails before the work, not after it, if ``path`` cannot be written."""
+    if path is None:
+        return
+    if path.suffix not in suffixes:
+        expected = " or ".join(suffixes)
+        raise typer.BadParameter(f"expected a file name ending in {expected}, got {path}", param_hint=option)
+    if option == "--plot" and find_spec("matplotlib") is None:
+        raise typer.BadParameter("expected matplotlib to be installed, got no such module", param_hint=option)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"expected a file in a writable folder, got {path}", param_hint=option)
+
+
+def _several(text: str, option: str, parse: Callable[[str], T]) -> list[T]:
+    """The parts of a comma-separated option, each once."""
+    with _option(option):
+        return list(dict.fromkeys(parse(part.strip()) for part in text.split(",")))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"expected whole numbers, at least 1, separated by commas, got {text!r}")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------- info
+
+
+@app.command()
+def info(
+    model: ModelOption = "deepseek-v3",
+    heads: HeadsOption = None,
+    format: FormatOption = "bf16",
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Show the device, the libraries and providers, and which attention backend dispatch chooses, and why."""
+    on = _device(device)
+    with _option("--model"):
+        chosen = model_named(model)
+    selection = _select(on, chosen, heads or chosen.heads, format, backend)
+    facts = environment(on)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("latentkv", __version__)
+    table.add_row("device", f"{facts['device']} ({selection.platform})")
+    table.add_row("torch", " ".join(filter(None, (facts["torch"], facts["toolkit"], facts["driver"]))))
+    for name, served in providers.served_by.items():
+        why = providers.library_errors.get(name)
+        table.add_row(f"{name} ops", f"{served}{f' (native library: {why})' if why else ''}")
+    layout = selection.layout
+    shapes = " + ".join(f"[B, {size}, {width}]" for _, size, width in layout.shapes(0))
+    table.add_row("backend", f"[bold]{selection.name}[/] for {chosen.name}, {heads or chosen.heads} heads")
+    table.add_row("layout", f"{layout.format}, {layout.placement} \\{shapes}")
+    table.add_row("", f"{layout.row_bytes} bytes a token")
+    for name, reason in selection.reasons.items():
+        table.add_row("", f"{name}: {reason}")
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    model: ModelOption = "deepseek-v3",
+    heads: HeadsOption = None,
+    format: FormatOption = "bf16",
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Sequences decoded together; by default 32, on a CPU 4.")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens of each; by default 256, on a CPU 128.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps.")] = 8,
+    plot_path: PlotOption = None,
+) -> None:
+    """Run a model's cache updates: prefill, then decode steps, into the layout that dispatch chose.
+
+    After every step the whole cache, q and k are compared byte for byte with the reference's, computed on
+    the CPU. Then come the times: fused, as an unfused pair of ops, and torch.compile of plain PyTorch, whose
+    bytes need not be equal. Activations are random. The exit status is 1 if one of our bytes differs.
+    """
+    _output(plot_path, "--plot", ".png", ".svg", ".pdf")
+    on = _device(device, timed=True)
+    with _option("--model"):
+        chosen = model_named(model)
+    heads = heads or chosen.heads
+    selection = _select(on, chosen, heads, format, backend)
+    sequences = sequences or (32 if on.type == "cuda" else 4)
+    prompt = prompt or (256 if on.type == "cuda" else 128)
+    console.print(f"{chosen.name}, {heads} heads, on {device_name(on)}")
+    console.print(str(selection), markup=False)
+    compared = _run_steps(chosen, heads, selection.layout, on, sequences, prompt, steps)
+    console.print(f"[green]all bytes equal[/]: compared {compared:,} to the reference's, in {1 + steps} steps\n")
+
+    bench = Bench(chosen, on, compiled=True)
+    rows: list[Row] = []
+    sizes = sorted({sequences, sequences * prompt})
+    for tokens in track(sizes, "timing", console=progress_console, transient=True):
+        rows += bench.measure(FUSED, heads, tokens, selection.layout)
+    _print_rows(rows)
+    if plot_path:
+        plot(rows, plot_path, device_name(on))
+
+
+def _run_steps(
+    model: Model,
+    heads: int,
+    layout: CacheLayout,
+    device: torch.device,
+    sequences: int,
+    prompt: int,
+    steps: int,
+) -> int:
+    """Prefill and decode on ``device`` and, by the reference, on the CPU; the number of bytes compared."""
+    cpu, random = torch.device("cpu"), torch.Generator().manual_seed(0)
+    blocks = -(-(prompt + steps) // layout.block_size)
+    block_table = torch.randperm(sequences * blocks, generator=random).view(sequences, blocks)
+    cache, twin = (layout.allocate(sequences * blocks, where, scale=0.25) for where in (device, cpu))
+    table = rope_table(model, layout, cpu)
+    device_table = None if table is None else table.to(device)
+    compared = 0
+    for first, last in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps))]:
+        positions = torch.arange(first, last).repeat(sequences)
+        rows = torch.arange(sequences).repeat_interleave(last - first)
+        block, entry = positions // layout.block_size, positions % layout.block_size
+        slots = block_table[rows, block] * layout.block_size + entry
+        expected = Inputs.random(model, heads, positions, slots, table, twin, random)
+        actual = expected.to(device, device_table, cache)
+        provider_call(providers.public, FUSED, actual)()
+        provider_call(providers.reference, FUSED, expected)()
+        for name, tensor in expected.written.items():
+            if difference := first_difference(actual.written[name].cpu(), tensor):
+                console.print(f"[red]wrong bytes[/] in {name} at positions {first}..{last - 1}: {difference}")
+                raise typer.Exit(1)
+            compared += tensor.nbytes
+    return compared
+
+
+# ------------------------------------------------------------------------------------------- verify
+
+
+@app.command()
+def verify(
+    device: DeviceOption = None,
+    provider: Annotated[
+        Literal["native", "reference"] | None,
+        typer.Option(help="Whose ops to check; by default whose serve the device."),
+    ] = None,
+    op: Annotated[OpName | None, typer.Option(help="Only this op.")] = None,
+    format: Annotated[str | None, typer.Option(help="Only caches of this format.")] = None,
+) -> None:
+    """Check every op, format and layout on this device against the reference, byte for byte.
+
+    The cases are those of the test suite, and a few for the cache of every attention backend. The reference
+    runs on the CPU. The exit status is 1 if a byte is wrong or a case fails to run.
+    """
+    on = _device(device)
+    name = provider or providers.served_by[on.type]
+    if name == "native" and (why := providers.library_errors.get(on.type)):
+        raise typer.BadParameter(f"expected reference, as {why}, got native", param_hint="--provider")
+    with _option("--format"):
+        wanted = resolve_format(format, _platform(on)) if format else None
+    cases = [c for c in _cases() if op in (None, c.op) and wanted in (None, c.layout.format)]
+    total, wrong, failed = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    complaints = []
+    for case in track(cases, f"{name} on {on}", console=progress_console, transient=True):
+        key = (case.op, case.layout.format)
+        total[key] += 1
+        try:
+            if differences := check(case, getattr(providers, name), providers.reference, on, expected_device="cpu"):
+                wrong[key] += 1
+                complaints.append(f"{case}: {differences[0]}")
+        except Exception as error:  # whatever a broken build throws is a finding
+            failed[key] += 1
+            complaints.append(f"{case}: {type(error).__name__}: {error}")
+
+    table = Table("op", "format", title=f"{name} on {device_name(on)}, against the reference")
+    for heading in ("cases", "wrong", "failed"):
+        table.add_column(heading, justify="right")
+    for key, count in total.items():
+        table.add_row(
+            *key,
+            str(count),
+            str(wrong[key]),
+            str(failed[key]),
+            style="red" if wrong[key] + failed[key] else None,
+        )
+    console.print(table)
+    for line in complaints[:10]:
+        console.print(line, style="red", markup=False)
+    if len(complaints) > 10:
+        console.print(f"and {len(complaints) - 10} more", style="red")
+    if complaints:
+        raise typer.Exit(1)
+    console.print(f"[green]all bytes right[/] in {total.total()} cases")
+
+
+def _cases() -> Iterator[Case]:
+    yield from matrix()
+    layouts = (layout_for(b.name, format=f) for b in BACKENDS.values() for f in b.formats if f in FORMATS)
+    for layout in dict.fromkeys(layouts):
+        yield from for_layout(layout)
+
+
+# ------------------------------------------------------------------------------------------- bench
+
+
+@app.command()
+def bench(
+    op: Annotated[OpName, typer.Option(help="The op to time.")] = FUSED,
+    model: ModelOption = "deepseek-v3",
+    heads: Annotated[
+        str | None, typer.Option(help="Query heads, separated by commas; by default 16,128, on a CPU 16.")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Tokens, separated by commas; by default 1,8,32,128,512,2048,8192, on a CPU 1,32,1024."),
+    ] = None,
+    formats: Annotated[str, typer.Option(help="Row formats, separated by commas.")] = "bf16,fp8",
+    device: DeviceOption = None,
+    peer: Annotated[
+        Literal["vllm"] | None, typer.Option(help="Fail without this peer, else compare where it is found.")
+    ] = None,
+    vllm_library: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="vLLM's ops where it is not installed: _C_stable_libtorch.abi3.so out of its wheel.",
+        ),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also time torch.compile of plain PyTorch.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the results into this .csv file.")] = None,
+    plot_path: PlotOption = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", exists=True, dir_okay=False, help="Show and plot this .csv file, measure nothing."),
+    ] = None,
+) -> None:
+    """Time an op over tokens, heads and formats, beside its peers, and check its bytes at every shape.
+
+    On a GPU: replay of CUDA graphs that go round over eight input sets, with and without programmatic
+    dependent launch (overlap), beside vLLM's ops if they are here; then what an eager call costs the host. On
+    a CPU: wall clock, beside the reference.
+
+    Every time stands beside the bandwidth that an elementwise multiply streams in the same run, and that of
+    an empty kernel. Caches hold whole rows (concat) in blocks of 64; q_pe is a strided view into the query
+    heads; the cos/sin table has the activations' dtype.
+
+    The exit status is 1 if one of our bytes differs from the reference's.
+    """
+    _output(csv, "--csv", ".csv")
+    _output(plot_path, "--plot", ".png", ".svg", ".pdf")
+    if source:
+        with _option("--from"):
+            rows, facts = read_csv(source)
+        _print_rows(rows)
+    else:
+        on = _device(device, timed=True)
+        with _option("--model"):
+            chosen = model_named(model)
+        if op == "rope_" and chosen.rope is None:
+            raise typer.BadParameter(
+                f"expected another op, as {chosen.name} has no rotation, got rope_", param_hint="--op"
+            )
+        all_heads = _several(heads or ("16,128" if on.type == "cuda" else "16"), "--heads", _count)
+        all_tokens = _several(
+            tokens or ("1,8,32,128,512,2048,8192" if on.type == "cuda" else "1,32,1024"), "--tokens", _count
+        )
+        names = _several(formats, "--formats", lambda name: resolve_format(name, _platform(on)))
+        if op == "rope_":  # the cache plays no part
+            names = names[:1]
+        layouts = [CacheLayout(chosen.kv_lora_rank, chosen.rope_dim, 64, name) for name in names]
+        peers = _peers(on, vllm_library, demanded=peer is not None)
+
+        facts = environment(on, peers)
+        console.print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
+        runner = Bench(chosen, on, peers, compiled)
+        empty = "" if runner.empty_us is None else f"; an empty kernel takes {runner.empty_us:.2f} us"
+        console.print(f"an elementwise multiply streams {runner.streamed_gb_s:,.0f} GB/s{empty}\n")
+        shapes = [(h, t, layout) for h in all_heads for layout in layouts for t in all_tokens]
+        rows = []
+        for h, t, layout in track(shapes, "timing", console=progress_console, transient=True):
+            rows += runner.measure(op, h, t, layout)
+        for h in all_heads:
+            rows += runner.measure_host(op, h, layouts[0])
+        _print_rows(rows)
+        if csv:
+            write_csv(csv, rows, facts)
+    if plot_path:
+        plot(rows, plot_path, facts["device"])
+    if any(row.wrong for row in rows):
+        console.print("[red]wrong bytes[/]: see the columns of differences")
+        raise typer.Exit(1)
+
+
+def _peers(device: torch.device, library: Path | None, demanded: bool) -> list[VLLM]:
+    try:
+        if device.type == "cpu":
+            raise PeerError("its ops run on GPUs only")
+        return [VLLM(device, library)]
+    except PeerError as error:
+        if library or demanded:
+            option = "--vllm-library" if library else "--peer"
+            raise typer.BadParameter(f"expected vLLM's ops, got none: {error}", param_hint=option) from error
+        console.print(f"vllm: not compared: {error}")
+        return []
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    """A table for each number of heads and format, then one of host costs."""
+    groups: dict[tuple[bool, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.timing == "host", row.heads, row.format), []).append(row)
+    for (is_host, heads, format), group in groups.items():
+        columns: dict[str, list[float | None]] = {
+            "us": [r.p50_us for r in group],
+            "GB/s": [r.gb_s for r in group],
+            "% of streamed": [r.share_of_streamed and 100 * r.share_of_streamed for r in group],
+            "empty kernels": [None if is_host else r.times_empty for r in group],
+            f"speed-up over {group[0].baseline}": [r.speedup for r in group],
+            "% of q, k differ": [r.qk_differs_percent for r in group],
+            "% of cache differs": [r.cache_differs_percent for r in group],
+        }
+        columns = {heading: values for heading, values in columns.items() if any(v is not None for v in values)}
+        what = "host cost of an eager call" if is_host else f"time of {group[0].op}"
+        table = Table("tokens", title=f"{what}: {group[0].model}, {heads} heads, {format}", title_justify="left")
+        table.add_column("contender", no_wrap=True)
+        for heading in columns:
+            table.add_column(heading, justify="right")
+        for i, row in enumerate(group):
+            tokens = "" if i and group[i - 1].tokens == row.tokens else str(row.tokens)
+            cells = [_three(values[i]) for values in columns.values()]
+            table.add_row(tokens, row.contender, *cells, style="red" if row.wrong else None)
+        console.print(table)
+    for contender, note in dict.fromkeys((row.contender, row.note) for row in rows if row.note):
+        console.print(f"{contender}: {note}", markup=False)
+
+
+def _three(value: float | None) -> str:
+    """Three digits, or as many as there are before the point."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

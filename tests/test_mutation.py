@@ -1,0 +1,156 @@
+"""The matrix can fail: faults planted in a copy of the source, one at a time, are found."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from latentkv import CacheLayout, ops, providers
+from latentkv.layouts import FORMATS
+from latentkv.providers import Provider
+from latentkv.testing import Case, Problem, check, first_difference, matrix
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+KEPT: list[object] = []  # a namespace lives as long as its library object
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A regular expression that fits once in a file of csrc_common, what to put in its place, and who must notice."""
+
+    name: str
+    file: str
+    pattern: str
+    replacement: str
+    noticed_by: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FAULTS = (
+    Fault(
+        "sign of the sine",
+        "cache_update.cu",
+        r"sub_rn\(mul_rn\((\w+), cos\), mul_rn\((\w+), sin\)\)",
+        r"add_rn(mul_rn(\1, cos), mul_rn(\2, sin))",
+        ("matrix",),
+    ),
+    Fault(
+        "no clamp to the finite range",
+        "fp8.h",
+        r"if \(u > float_bits\(Kind::max\)\) u = float_bits\(Kind::max\);",
+        "",
+        ("matrix", "sweep"),
+    ),
+    Fault(
+        "ties away from zero",
+        "fp8.h",
+        r"\(uint32_t\{1\} << \(drop - 1\)\) - 1 \+ \(u >> drop & 1\)",
+        "(uint32_t{1} << (drop - 1))",
+        ("matrix", "sweep"),
+    ),
+    Fault(
+        "capacity off by one",
+        "cache_update.cu",
+        r"slot >= int64_t\{p\.capacity\}",
+        "slot > int64_t{p.capacity}",
+        ("bounds",),
+    ),
+    Fault(
+        "last row before the padding left out",
+        "cache_update.cu",
+        r"\btokens = call\.slots->size\(0\);",
+        "tokens = call.slots->size(0); tokens -= tokens < tokens_all;",
+        ("matrix",),
+    ),
+)
+
+
+def matrix_notices(provider: Provider) -> Iterator[str]:
+    for case in matrix():
+        for difference in check(case, provider, providers.reference, "cpu"):
+            yield f"{case}: {difference}"
+
+
+def sweep_notices(provider: Provider) -> Iterator[str]:
+    """Every bf16 number through every fp8 kind."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(128, 512)
+    for format in (f for f in FORMATS if FORMATS[f].quantised):
+        caches = [CacheLayout(512, 0, 1, format).allocate(128, "cpu") for _ in range(2)]
+        for cache, who in zip(caches, (provider, providers.reference), strict=True):
+            who.write_cache_(every, every[:, :0], torch.arange(128), cache)
+        codes = [cache.data.view(torch.uint8) for cache in caches]
+        if difference := first_difference(*codes):
+            yield f"{format}: {difference}"
+
+
+def bounds_notices(provider: Provider) -> Iterator[str]:
+    """The first slot and the first positions that do not exist must raise."""
+    for index, row, value in (("slots", 1, None), ("positions", 2, 96), ("positions", 3, -1)):
+        p = Problem(Case("rope_write_cache_", CacheLayout(32, 32, 4)), "cpu")
+        getattr(p, index)[row] = p.cache.num_slots if value is None else value
+        try:
+            p.run(provider)
+        except RuntimeError:
+            continue
+        yield f"{index}[{row}]: no error"
+
+
+NOTICES = {"matrix": matrix_notices, "sweep": sweep_notices, "bounds": bounds_notices}
+
+
+def mutated(fault: Fault, folder: Path) -> None:
+    for name in ("csrc_common", "csrc_cpu"):
+        shutil.copytree(ROOT / name, folder / name)
+    file = folder / "csrc_common" / fault.file
+    text, count = re.subn(fault.pattern, fault.replacement, file.read_text())
+    assert count == 1, f"{fault}: {fault.pattern!r} fits {count} times in {fault.file}: adapt it to the source"
+    file.write_text(text)
+
+
+def built(folder: Path, namespace: str) -> Provider:
+    """The CPU library of ``folder``, as csrc_cpu/CMakeLists.txt and cmake/torch.cmake make it but for -O3."""
+    torch_folder, library = Path(torch.__file__).parent, folder / "mutant.so"
+    command = f"""{COMPILER} -std=c++20 -O0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden -w
+        -DTORCH_TARGET_VERSION=0x020A000000000000 -I{folder}/csrc_cpu -I{folder}/csrc_common
+        -isystem {torch_folder}/include -x c++ {folder}/csrc_common/cache_update.cu -x none
+        {torch_folder}/lib/libtorch_cpu.so -Wl,--as-needed -Wl,--unresolved-symbols=ignore-in-shared-libs
+        -o {library}"""
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    loaded = ctypes.CDLL(str(library))
+    KEPT.extend([ops._define(namespace), loaded])
+    loaded.latentkv_register.argtypes = [ctypes.c_char_p]
+    loaded.latentkv_register(namespace.encode())
+    return Provider(namespace, {name: getattr(getattr(torch.ops, namespace), name).default for name in ops.OP_NAMES})
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_the_source_still_has_the_place(fault: Fault, tmp_path: Path) -> None:
+    mutated(fault, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    mutated(fault, tmp_path)
+    provider = built(tmp_path, f"latentkv_mutant_{FAULTS.index(fault)}")
+    for name in fault.noticed_by:
+        assert next(NOTICES[name](provider), None), f"{name}: nothing was noticed"
+
+
+def test_nothing_is_noticed_without_a_fault() -> None:
+    """The matrix itself is run by test_matrix.py."""
+    assert list(sweep_notices(providers.native)) == []
+    assert list(bounds_notices(providers.native)) == []

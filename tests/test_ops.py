@@ -1,0 +1,356 @@
+"""The torch ops: schemas, fakes, torch.compile; and which provider serves them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import latentkv
+import pytest
+import torch
+from conftest import Python
+from latentkv import CacheLayout, MLACache, providers
+from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE, OP_NAMES
+from latentkv.testing import Case, Problem, assert_same_bytes
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+MUTATED = {
+    "rope_": ["q", "k"],
+    "write_cache_": ["cache", "rope_cache"],
+    "rope_write_cache_": ["q_pe", "k_pe", "cache", "rope_cache"],
+}
+
+
+def problem(op: str, device: str, strides: str = "contiguous", format: str = "bf16", **fields: Any) -> Problem:
+    placement = fields.pop("placement", "concat")
+    layout = CacheLayout(32, 32, 4, format, placement)
+    return Problem(Case(op, layout, strides=strides, as_bytes=True, **fields), device)  # type: ignore[arg-type]
+
+
+def arguments(p: Problem, inverse: bool = False) -> tuple[Any, ...]:
+    """The op's arguments as the schema has them."""
+    cache = (p.cache.data, p.cache.rope_data, p.cache.scale, p.case.layout.format)
+    if p.case.op == "rope_":
+        return (p.positions, p.q_pe, p.k_pe, p.table, p.case.rope == "neox", inverse)
+    if p.case.op == "write_cache_":
+        return (p.kv_c, p.k_pe, p.slots, *cache)
+    masked = p.case.rows == "rotate-masked"
+    return (p.positions, p.q_pe, p.k_pe, p.kv_c, p.table, p.slots, *cache, p.case.rope == "neox", masked)
+
+
+def op_of(name: str, namespace: str = NAMESPACE) -> Any:
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+# ----------------------------------------------------------------------------------------------------- schemas
+
+
+@pytest.mark.parametrize("namespace", [NAMESPACE, NATIVE_NAMESPACE])
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_schema_declares_what_is_mutated(op: str, namespace: str) -> None:
+    schema = op_of(op, namespace)._schema
+    assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == MUTATED[op]
+    assert schema.is_mutable and not schema.returns
+    assert "mode" not in {a.name for a in schema.arguments}  # it breaks auto-functionalisation
+    assert torch.Tag.pt2_compliant_tag in op_of(op, namespace).tags
+
+
+def test_the_namespace_holds_the_public_ops() -> None:
+    for op in OP_NAMES:
+        assert callable(getattr(latentkv, op)) and op in latentkv.__all__
+        for name in ("native", "reference", "public"):
+            assert callable(getattr(getattr(providers, name), op))
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "sliced", "transposed", "unaligned"])
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_opcheck(op: str, strides: str, device: str) -> None:
+    """Schema, fake, autograd registration and AOT dispatch with dynamic shapes."""
+    for namespace in (NAMESPACE, NATIVE_NAMESPACE):
+        torch.library.opcheck(op_of(op, namespace), arguments(problem(op, device, strides)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"format": "fp8_e4m3fn"},
+        {"format": "fp8_e4m3fn", "placement": "split", "pages": True},
+        {"placement": "split", "scale": None},
+        {"rope": "neox", "rows": "rotate-masked", "index": torch.int32},
+        {"rope": "none"},
+        {"rows": "padded"},
+    ],
+    ids=str,
+)
+def test_opcheck_of_other_arguments(fields: dict[str, Any], device: str) -> None:
+    """None for optional tensors, uint8 pages, T < N."""
+    for op in ("rope_write_cache_", "write_cache_"):
+        torch.library.opcheck(op_of(op), arguments(problem(op, device, **fields)))
+
+
+def test_opcheck_of_rope_without_a_key(device: str) -> None:
+    positions, q, _, table, *flags = arguments(problem("rope_", device), inverse=True)
+    torch.library.opcheck(op_of("rope_"), (positions, q, None, table, *flags))
+    torch.library.opcheck(op_of("rope_"), (positions, q, q[:, :1].clone(), table, *flags))
+
+
+def test_ops_are_in_place(device: str) -> None:
+    """Neither returned nor copied: the caller's memory changes."""
+    for op in OP_NAMES:
+        p = problem(op, device, "sliced")
+        before = copy.deepcopy(p.buffers)
+        pointers = {name: b.data_ptr() for name, b in p.buffers.items()}
+        assert op_of(op)(*arguments(p)) is None
+        assert {name: b.data_ptr() for name, b in p.buffers.items()} == pointers
+        assert any(not torch.equal(b, before[name]) for name, b in p.buffers.items())
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled", "meta", "fake"])
+@pytest.mark.parametrize("op", OP_NAMES)
+def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
+    """By the schema's names, in any order, after any number of positional arguments."""
+    names = [a.name for a in op_of(op)._schema.arguments]
+    for split in (0, 2, len(names) - 1):
+        torch._dynamo.reset()
+        p, want = problem(op, device), problem(op, device)
+        given: list[Any] = list(arguments(p))
+        mode: Any = contextlib.nullcontext()
+        if kind == "meta":
+            given = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
+        elif kind == "fake":
+            mode = FakeTensorMode()
+            given = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in given]
+        call = op_of(op)
+        if kind == "compiled":
+            call = torch.compile(call, fullgraph=True, backend="aot_eager")
+        with mode:
+            call(*given[:split], **dict(reversed(list(zip(names, given, strict=True))[split:])))
+        if kind in ("eager", "compiled"):
+            want.run(providers.reference)
+            assert p.differences(want) == []
+
+
+def test_meta_tensors_do_nothing() -> None:
+    for op in OP_NAMES:
+        real = arguments(problem(op, "cpu"))
+        op_of(op)(*(a.to("meta") if isinstance(a, Tensor) else a for a in real))
+
+
+# ----------------------------------------------------------------------------------------------- torch.compile
+
+BACKENDS = ["aot_eager", "inductor"]
+Step = Callable[[Problem], tuple[Tensor, ...]]
+
+
+def fused(p: Problem) -> tuple[Tensor, ...]:
+    """Other work around the op, which its order against the op decides."""
+    q_before = p.q_pe * 2
+    k_before = p.k_pe.float().abs()
+    latentkv.rope_write_cache_(
+        p.positions, p.q_pe, p.k_pe, p.kv_c, p.table, p.slots, p.cache, is_neox=False, rope_masked=True
+    )
+    return q_before, k_before, p.q_pe + 1, p.cache.data.view(torch.uint8) + 1, p.kv_c * 3
+
+
+def unfused(p: Problem) -> tuple[Tensor, ...]:
+    """No plain ``q.clone()`` between two ops that mutate q: Inductor (torch 2.13) drops it, for any custom op."""
+    latentkv.rope_(p.positions, p.q_pe, p.k_pe, p.table, is_neox=True)
+    q = p.q_pe * 2
+    latentkv.write_cache_(p.kv_c, p.k_pe, p.slots, p.cache)
+    latentkv.rope_(p.positions, p.q_pe, None, p.table, is_neox=True, inverse=True)
+    return q, p.q_pe - q
+
+
+def unrotated(p: Problem) -> tuple[Tensor, ...]:
+    latentkv.rope_write_cache_(None, p.q_pe, p.k_pe, p.kv_c, None, p.slots, p.cache, is_neox=False)
+    return (p.cache.data.view(torch.uint8) + 1,)
+
+
+def need_compiler(backend: str) -> None:
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("backend", "strides"), [("aot_eager", "contiguous"), ("aot_eager", "sliced"), ("inductor", "sliced")]
+)
+@pytest.mark.parametrize("step", [fused, unfused, unrotated], ids=lambda f: f.__name__)
+def test_compiled_gives_the_same_bytes(step: Step, strides: str, backend: str, device: str) -> None:
+    """A function that calls the public API, in one graph: the tensors are its closure's, as in a model."""
+    need_compiler(backend)
+    for fields in ({"rows": "padded"}, {"format": "fp8_e4m3fn", "placement": "split", "rows": "masked"}):
+        eager, compiled = (problem("rope_write_cache_", device, strides, **fields) for _ in range(2))
+        if fields["rows"] == "masked":
+            for p in (eager, compiled):  # the other path of auto-functionalisation: fp8 as fp8
+                p.cache = MLACache.wrap([t.view(torch.float8_e4m3fn) for t in p.cache.tensors], p.case.layout)
+        want = step(eager)
+        got = torch.compile(lambda p=compiled: step(p), fullgraph=True, backend=backend)()
+        assert compiled.differences(eager) == []
+        for a, b in zip(got, want, strict=True):
+            assert_same_bytes(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_with_arguments(backend: str, device: str) -> None:
+    """Tensors and the cache handle as inputs, and a second call with other sizes."""
+    need_compiler(backend)
+
+    def step(
+        q: Tensor, projection: Tensor, positions: Tensor, table: Tensor, slots: Tensor, cache: MLACache
+    ) -> tuple[Tensor, Tensor]:
+        """q_pe, k_pe and kv_c are views that the graph itself takes."""
+        kv_c, k_pe = projection.split([32, 16], dim=-1)
+        q_pe = q[..., 24:]
+        latentkv.rope_write_cache_(positions, q_pe, k_pe, kv_c, table, slots, cache, is_neox=False)
+        return q.float() * 0.5, k_pe + 1
+
+    random = torch.Generator().manual_seed(0)
+    table = torch.rand((50, 16), generator=random).to(device)
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    for tokens in (5, 9, 17):
+        inputs = [
+            torch.randn((tokens, 3, 40), generator=random).bfloat16().to(device),
+            torch.randn((tokens, 48), generator=random).bfloat16().to(device),
+            torch.randint(0, 50, (tokens,), generator=random).to(device),
+            table,
+            torch.randperm(24, generator=random)[:tokens].to(device),
+        ]
+        ours, theirs = [t.clone() for t in inputs], [t.clone() for t in inputs]
+        layout = CacheLayout(32, 16, 4)
+        cache, other = layout.allocate(6, device), layout.allocate(6, device)
+        want, got = step(*ours, cache), compiled(*theirs, other)
+        for a, b in zip((*got, *theirs, other.data), (*want, *ours, cache.data), strict=True):
+            assert_same_bytes(a, b)
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match=r"slot_mapping: expected slots below the capacity of 24, got 24"):
+            compiled(*theirs[:4], theirs[4] * 0 + 24, other)
+
+
+def test_views_of_one_buffer_are_functionalised(device: str) -> None:
+    """q, k_pe and kv_c of one fused projection [N, H*(P+R) | L | R], and one cache buffer for both parts."""
+
+    def step(x: Tensor, pages: Tensor, positions: Tensor, table: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 1.5
+        q = y[:, :120].view(-1, 3, 40)
+        kv_c, k_pe = y[:, 120:152], y[:, 152:]
+        layout = CacheLayout(32, 16, 4, "bf16", "split")
+        cache = MLACache.wrap([pages[..., :32], pages[..., 32:48]], layout)
+        latentkv.rope_write_cache_(positions, q[..., 24:], k_pe, kv_c, table, slots, cache, is_neox=True)
+        return y + 1, q[..., 24:] * 2
+
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn((7, 168), generator=random).bfloat16().to(device)
+    table = torch.rand((50, 16), generator=random).to(device)
+    positions, slots = torch.randint(0, 50, (7,), generator=random).to(device), torch.randperm(24)[:7].to(device)
+    results = []
+    for run in (step, *(torch.compile(step, fullgraph=True, backend=b) for b in ("eager", "aot_eager"))):
+        pages = torch.zeros(6, 4, 50, dtype=torch.bfloat16, device=device)
+        results.append((*run(x, pages, positions, table, slots), pages))  # type: ignore[operator]
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert_same_bytes(a, b)
+    assert results[0][2][..., 48:].eq(0).all() and results[0][2][..., :48].ne(0).any()
+
+
+# --------------------------------------------------------------------------------------------------- providers
+
+RUN = """
+import torch, warnings
+warnings.simplefilter("error")
+import latentkv
+from latentkv.testing import Case, Problem
+p, want = (Problem(Case("rope_write_cache_", latentkv.CacheLayout(32, 32, 4)), "cpu") for _ in range(2))
+p.run(latentkv.providers.public)
+want.run(latentkv.providers.reference)
+assert p.differences(want) == []
+print(latentkv.providers.served_by, latentkv.providers.library_errors)
+"""
+
+
+def kernels(python: Python, **variables: str) -> str:
+    """Where the dispatcher finds the CPU kernel of the public op."""
+    code = "import torch, latentkv; print(torch._C._dispatch_dump('latentkv::rope_'))"
+    dump = python(code, **variables).stdout
+    return next(line for line in dump.splitlines() if line.startswith("CPU:"))
+
+
+def test_providers_by_default(python: Python) -> None:
+    done = python(RUN.replace('warnings.simplefilter("error")', "pass"))
+    assert done.returncode == 0, done.stderr
+    assert "{'cpu': 'native', " in done.stdout
+    assert "cache_update" in kernels(python)
+
+
+def test_reference_serves_all_devices(python: Python) -> None:
+    done = python(RUN, LATENTKV_PROVIDER="reference")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'cpu': 'reference', 'cuda': 'reference'}")
+    assert "cache_update" not in kernels(python, LATENTKV_PROVIDER="reference")
+
+
+def test_native_on_request(python: Python) -> None:
+    done = python(RUN, LATENTKV_PROVIDER="native")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'cpu': 'native'") and "reference" not in done.stdout
+
+
+def test_unknown_provider(python: Python) -> None:
+    done = python("import latentkv", LATENTKV_PROVIDER="bogus")
+    assert done.returncode != 0
+    assert "ValueError: LATENTKV_PROVIDER: expected native or reference, got 'bogus'" in done.stderr
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A copy of the package without its libraries."""
+    shutil.copytree(Path(latentkv.__file__).parent, tmp_path / "latentkv", ignore=shutil.ignore_patterns("*.so"))
+    return tmp_path
+
+
+def test_without_libraries_the_reference_serves(bare: Path, python: Python) -> None:
+    done = python(RUN.replace('warnings.simplefilter("error")', "pass"), bare)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'cpu': 'reference', 'cuda': 'reference'}")
+    assert "'cpu': 'the library _cpu was not built'" in done.stdout
+    no_cuda = "this torch is built without CUDA" if torch.version.cuda is None else "the library _cuda was not built"
+    assert f"'cuda': '{no_cuda}'" in done.stdout
+    slow = f"RuntimeWarning: latentkv runs its slow reference on the GPU: {no_cuda}"
+    assert (slow in done.stderr) == torch.cuda.is_available()
+
+
+def test_without_libraries_native_cannot_be_had(bare: Path, python: Python) -> None:
+    done = python("import latentkv", bare, LATENTKV_PROVIDER="native")
+    assert done.returncode != 0
+    assert "ImportError: LATENTKV_PROVIDER=native, but no native library loads" in done.stderr
+    assert "the library _cpu was not built" in done.stderr
+
+
+def test_a_library_that_does_not_load(bare: Path, python: Python) -> None:
+    (bare / "latentkv" / "_cpu.so").write_text("not a library")
+    done = python(RUN.replace('warnings.simplefilter("error")', "pass"), bare)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'cpu': 'reference'") and "_cpu.so: " in done.stdout
+
+
+def test_served_by(device: str) -> None:
+    """In this process: and the provider named is the one that runs."""
+    assert providers.served_by[device] in ("native", "reference")
+    for op in OP_NAMES:
+        p, want = problem(op, device, "unaligned"), problem(op, device, "unaligned")
+        p.run(providers.public)
+        want.run(getattr(providers, providers.served_by[device]))
+        assert p.differences(want) == []
+    assert [repr(p) for p in (providers.native, providers.reference)] == [
+        "<latentkv provider native>",
+        "<latentkv provider reference>",
+    ]
