@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
-#include <vector>
 
 namespace latentkv {
 
@@ -41,20 +40,13 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
-inline std::string list(const std::vector<int64_t>& values) {
+inline std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) {
   std::string text = "[";
   for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
   return text + "]";
 }
 inline std::string shape_of(const Tensor& t) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return list(sizes);
-}
-inline std::string strides_of(const Tensor& t) {
-  std::vector<int64_t> strides;
-  for (int64_t i = 0; i < t.dim(); ++i) strides.push_back(t.stride(i));
-  return list(strides);
+  return list(t.sizes());
 }
 
 class Arguments {
@@ -75,18 +67,25 @@ class Arguments {
               std::initializer_list<std::pair<const char*, int64_t>> shape) const {
     device(argument, t);
     dtype(argument, t, types);
-    bool matches = t.dim() == static_cast<int64_t>(shape.size());
-    int64_t i = 0;
-    for (const auto& [name, size] : shape) matches = matches && (size < 0 || t.size(i) == size) && ++i;
+    const auto sizes = t.sizes();
+    bool matches = sizes.size() == shape.size();
+    size_t i = 0;
+    for (const auto& [name, size] : shape) matches = matches && (size < 0 || sizes[i] == size) && ++i;
     if (!matches) {
       std::string text;
       for (const auto& [name, size] : shape) {
         text += (text.empty() ? "" : ", ") + std::string(name) + (size < 0 ? "" : "=" + std::to_string(size));
       }
-      fail(argument, "shape [" + text + "]", shape_of(t));
+      fail(argument, "shape [" + text + "]", list(sizes));
     }
-    if (t.dim() > 0 && t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) {
-      fail(argument, "a contiguous last dimension (stride 1)", "stride " + std::to_string(t.stride(t.dim() - 1)));
+    unit_stride(argument, t);
+  }
+
+  void unit_stride(const char* argument, const Tensor& t) const {
+    const auto sizes = t.sizes(), strides = t.strides();
+    const size_t last = sizes.size() - 1;
+    if (sizes.size() > 0 && sizes[last] > 1 && strides[last] != 1) {
+      fail(argument, "a contiguous last dimension (stride 1)", "stride " + std::to_string(strides[last]));
     }
   }
 
@@ -110,20 +109,20 @@ class Arguments {
   void no_overlap(const char* argument, const Tensor& t) const {
     std::array<std::pair<int64_t, int64_t>, 4> dims;  // (stride, size), sorted; no tensor here has more dimensions
     size_t count = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      const int64_t size = t.size(i);
-      if (size == 0) return;
-      if (size == 1) continue;
+    const auto sizes = t.sizes(), strides = t.strides();
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (sizes[i] == 0) return;
+      if (sizes[i] == 1) continue;
       size_t at = count++;
-      for (; at > 0 && dims[at - 1].first > t.stride(i); --at) dims[at] = dims[at - 1];
-      dims[at] = {t.stride(i), size};
+      for (; at > 0 && dims[at - 1].first > strides[i]; --at) dims[at] = dims[at - 1];
+      dims[at] = {strides[i], sizes[i]};
     }
     int64_t extent = 1;
     for (size_t i = 0; i < count; ++i) {
       const auto [stride, size] = dims[i];
       if (stride < extent) {
         fail(argument, "elements that do not overlap in memory",
-             "strides " + strides_of(t) + " for shape " + shape_of(t));
+             "strides " + list(strides) + " for shape " + shape_of(t));
       }
       extent += stride * (size - 1);
     }

@@ -284,9 +284,7 @@ const FormatInfo* check_cache(const Arguments& args, const Call& call, int64_t l
       args.fail(name, "rows of at least " + std::string(what) + "=" + std::to_string(row) + " elements",
                 t.size(t.dim() - 1));
     }
-    if (t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1) {
-      args.fail(name, "a contiguous last dimension (stride 1)", "stride " + std::to_string(t.stride(t.dim() - 1)));
-    }
+    args.unit_stride(name, t);
     args.no_overlap(name, t);
   };
   if (call.rope_cache) {

@@ -91,8 +91,8 @@ class Quotient {
     const float q2 = fma_rn(fma_rn(-q1, scale_, a), reciprocal_, q1);
     // A NaN, which the clamp swallows, and the scales 0, inf and NaN need no rounding: there the product is the
     // quotient.
-    const float q = regular_ && x == x ? q2 : mul_rn(x, reciprocal_);
-    return bits_float((float_bits(q) & 0x7FFFFFFF) | ((float_bits(x) ^ sign_) & 0x80000000));
+    const float q = regular_ && x == x ? q2 : mul_rn(magnitude, reciprocal_);
+    return bits_float(float_bits(q) | ((float_bits(x) ^ sign_) & 0x80000000));
   }
 
  private:

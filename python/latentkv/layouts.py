@@ -6,7 +6,7 @@ Shapes use the words of the library: L = ``kv_lora_rank``, R = ``rope_dim``, B =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -143,12 +143,18 @@ class MLACache:
         rope_data: the rope tensor [B, bs, >= R] of a split cache, else None.
         layout: how to read them.
         scale: one fp32 element on the same device, or None for 1.0; ignored by 16/32-bit formats.
+        op_arguments: what the torch ops take of a cache: cache, rope_cache, scale (None where unused) and format.
     """
 
     data: torch.Tensor
     rope_data: torch.Tensor | None
     layout: CacheLayout
     scale: torch.Tensor | None = None
+    op_arguments: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        scale = self.scale if FORMATS[self.layout.format].quantised else None
+        object.__setattr__(self, "op_arguments", (self.data, self.rope_data, scale, self.layout.format))
 
     @classmethod
     def wrap(

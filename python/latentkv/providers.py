@@ -82,7 +82,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        self._write_cache(kv_c, k_pe, slot_mapping, cache.data, cache.rope_data, cache.scale, cache.layout.format)
+        self._write_cache(kv_c, k_pe, slot_mapping, *cache.op_arguments)
 
     def rope_write_cache_(
         self,
@@ -119,9 +119,8 @@ class Provider:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
         self._rope_write_cache(
-            positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, cache.data, cache.rope_data, cache.scale,
-            cache.layout.format, is_neox, rope_masked,
-        )  # fmt: skip
+            positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, *cache.op_arguments, is_neox, rope_masked
+        )
 
 
 def _load(device: str) -> ctypes.CDLL:
