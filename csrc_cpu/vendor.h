@@ -2,14 +2,14 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
-#define LKV_DEVICE inline
+#define LKV_DEVICE inline __attribute__((always_inline))
 #define LKV_UNROLL
 #define LKV_DISPATCH_KEY "CPU"
 
@@ -35,8 +35,15 @@ LKV_DEVICE float div_rn(float a, float b) {
 LKV_DEVICE float fma_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
+// Without a branch, so that the compiler can take several at once.
+LKV_DEVICE uint32_t round_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded;
+}
 LKV_DEVICE uint32_t pack_bf16(float low, float high) {
-  return c10::detail::round_to_nearest_even(low) | uint32_t{c10::detail::round_to_nearest_even(high)} << 16;
+  return round_bf16(low) | round_bf16(high) << 16;
 }
 LKV_DEVICE uint32_t pack_fp16(float low, float high) {
   return c10::Half(low).x | uint32_t{c10::Half(high).x} << 16;
