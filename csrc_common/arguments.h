@@ -129,9 +129,7 @@ class Arguments {
   }
 
  private:
-  std::string device_name() const {
-    return device_ < 0 ? device_type_ : device_type_ + (":" + std::to_string(device_));
-  }
+  std::string device_name() const { return device_ < 0 ? "cpu" : device_type_ + (":" + std::to_string(device_)); }
 
   const char* op_;
   const char* device_type_;

@@ -299,7 +299,7 @@ const FormatInfo* check_cache(const Arguments& args, const Call& call, int64_t l
     const bool apart =
         a.blocks * a.block_size == 0 || b_row == 0 || offset >= a.bytes(a_row) || -offset >= b.bytes(b_row);
     const bool same_blocks = a.block_stride == b.block_stride || a.blocks == 1;
-    const bool entries_apart = same_blocks && a.entry_stride == b.entry_stride &&
+    const bool entries_apart = same_blocks && a.entry_stride == b.entry_stride && a.entry_stride > 0 &&
                                a.block_stride % a.entry_stride == 0 &&
                                side_by_side(offset, a.entry_stride, b_row, a_row);
     const bool blocks_apart =
@@ -374,7 +374,7 @@ void run(const Call& call) {
   if (call.q) {
     args.tensor(call.q_name, *call.q, kActivations, {{"N", tokens_all}, {"H", -1}, {"R", -1}});
     rope_dim = call.q->size(2);
-    args.no_overlap(call.q_name, *call.q);
+    if (call.table) args.no_overlap(call.q_name, *call.q);  // else it is only read
   }
   if (call.k) {
     const bool has_heads = call.k->dim() == 3;
@@ -385,7 +385,7 @@ void run(const Call& call) {
       args.tensor(call.k_name, *call.k, kActivations, {{"N", tokens_all}, {"K", -1}, {"R", rope_dim}});
     }
     args.dtype(call.k_name, *call.k, {activation});
-    args.no_overlap(call.k_name, *call.k);
+    if (call.table) args.no_overlap(call.k_name, *call.k);
   }
   if (call.q) args.dtype(call.q_name, *call.q, {activation});
   if (rope_dim % 2) args.fail(call.q ? call.q_name : call.k_name, "an even rope dimension R", rope_dim);
@@ -449,10 +449,10 @@ void run(const Call& call) {
     p.capacity = static_cast<uint32_t>(view.blocks * view.block_size);
     p.block_size = Divisor(static_cast<uint32_t>(std::max<int64_t>(view.block_size, 1)));
     p.scale = call.scale ? static_cast<const float*>(call.scale->data_ptr()) : nullptr;
-    for (const RowPart& part : {p.latent, p.rope}) {
-      align(part.data, chunk * format->bytes, {part.block_stride, part.entry_stride});
-    }
+    align(p.latent.data, chunk * format->bytes, {p.latent.block_stride, p.latent.entry_stride});
+    if (rope_dim) align(p.rope.data, chunk * format->bytes, {p.rope.block_stride, p.rope.entry_stride});
   }
+  if (!p.writes && !p.rotates) return;
   if (!p.writes) p.slots = p.positions;
   if (!p.rotates) p.positions = p.slots;
   p.angle_shift = aligned && !p.is_neox ? 1 : 0;

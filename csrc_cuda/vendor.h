@@ -6,6 +6,8 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -180,6 +182,19 @@ class DeviceGuard {
   int device_, previous_ = 0;
 };
 
+// Without the wait in its code a grid must not overlap: the machine code that a device uses says whether it has it.
+template <class Kernel>
+bool waits_for_producer(int device) {
+  static std::array<std::atomic<int>, 64> known{};  // by device: 0 unknown, 1 no, 2 yes
+  std::atomic<int>& answer = known[device % known.size()];
+  if (answer == 0) {
+    cudaFuncAttributes attributes;
+    cuda_check(cudaFuncGetAttributes(&attributes, run_lane_groups<Kernel>));
+    answer = attributes.ptxVersion >= 90 ? 2 : 1;
+  }
+  return answer == 2;
+}
+
 template <class Kernel>
 void launch(const Kernel& kernel, const Grid<Kernel::kParts>& grid, int device) {
   Blocks<Kernel::kParts> blocks{};
@@ -198,13 +213,7 @@ void launch(const Kernel& kernel, const Grid<Kernel::kParts>& grid, int device) 
   config.blockDim = dim3(kBlock);
   config.stream = current_stream(device);
   config.attrs = &overlap;
-  // Without the wait in its code a grid must not overlap: the machine code in use says whether it has it.
-  static const bool waits = [] {
-    cudaFuncAttributes attributes;
-    cuda_check(cudaFuncGetAttributes(&attributes, run_lane_groups<Kernel>));
-    return attributes.ptxVersion >= 90;
-  }();
-  config.numAttrs = waits && overlap_enabled() ? 1 : 0;
+  config.numAttrs = overlap_enabled() && waits_for_producer<Kernel>(device) ? 1 : 0;
   cuda_check(cudaLaunchKernelEx(&config, run_lane_groups<Kernel>, blocks, kernel));
 }
 

@@ -160,7 +160,8 @@ def faults() -> list[Fault]:
                 ("rows-overlap", [dims[1] * R, R - 1, 1] if len(dims) == 3 else [R - 1, 1]),
             ):
                 text = f"strides {strides} for shape {dims}"
-                add(argument, ops, name, lambda t, s=strides: t.as_strided(t.shape, s), overlap, text)
+                mutating = fused if argument == "k_pe" else ops  # write_cache_ only reads it
+                add(argument, mutating, name, lambda t, s=strides: t.as_strided(t.shape, s), overlap, text)
         if argument in ("q_pe", "k_pe", "k"):
             for by in (-1, 1):
                 wrong = f"{[N + by, *dims[1:]]}"
@@ -464,3 +465,14 @@ def test_errors_come_through_the_public_functions(device: str) -> None:
         RuntimeError, match=r"latentkv\.rope_write_cache_: kv_c: expected dtype bfloat16 for format bf16"
     ):
         latentkv.rope_write_cache_(positions, q.half(), k.half(), c.half(), table, slots, cache, is_neox=True)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_repeated_rows_may_be_read(name: str, device: str) -> None:
+    """What an op does not mutate may overlap itself; a cache of one row may have any strides."""
+    latent, rope = (torch.zeros(1, 1, w, device=device).expand(1, 2, w)[:, :1] for w in (L, R))
+    cache = MLACache.wrap([latent, rope], CacheLayout(L, R, 1, "fp32", "split"))
+    ones, slots = torch.ones(1, L, device=device), torch.tensor([0, -1], device=device)
+    repeated = torch.ones(1, R, device=device).expand(2, R)
+    getattr(providers, name).write_cache_(ones.expand(2, L), repeated, slots, cache)
+    assert cache.data.sum() == L and cache.rope_data is not None and cache.rope_data.sum() == R

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import Python
 from latentkv import CacheLayout, MLACache, providers
+from latentkv.compat import vllm
 from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE, OP_NAMES
 from latentkv.testing import Case, Problem, assert_same_bytes
 from torch import Tensor
@@ -356,3 +357,9 @@ def test_served_by(device: str) -> None:
         "<latentkv provider native>",
         "<latentkv provider reference>",
     ]
+
+
+def test_vllm_rotary_of_an_empty_batch(device: str) -> None:
+    empty = torch.zeros(0, 256, dtype=torch.bfloat16, device=device)
+    table = torch.ones(4, 64, device=device)
+    vllm.rotary_embedding(torch.zeros(0, dtype=torch.int64, device=device), empty, None, 64, table, False)

@@ -132,6 +132,6 @@ def _share_bytes(cache: Tensor, rope_cache: Tensor, latent_dim: int, rope_dim: i
     if offset >= (blocks - 1) * block + block_bytes or -offset >= (blocks - 1) * rope_block + rope_block_bytes:
         return False
     same_blocks = block == rope_block or blocks == 1
-    if same_blocks and entry == rope_entry and block % entry == 0 and side_by_side(entry, rope_row, row):
+    if same_blocks and entry == rope_entry > 0 == block % entry and side_by_side(entry, rope_row, row):
         return False
     return not (same_blocks and blocks > 1 and side_by_side(block, rope_block_bytes, block_bytes))

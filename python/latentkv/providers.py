@@ -157,7 +157,7 @@ public = Provider("public", _ops_of(NAMESPACE))
 
 
 def _serve() -> dict[str, str]:
-    wanted = os.environ.get("LATENTKV_PROVIDER")
+    wanted = os.environ.get("LATENTKV_PROVIDER") or None
     if wanted not in (None, "native", "reference"):
         raise ValueError(f"LATENTKV_PROVIDER: expected native or reference, got {wanted!r}")
     if wanted == "native" and not _libraries:
@@ -171,7 +171,8 @@ def _serve() -> dict[str, str]:
             for name in OP_NAMES:
                 LIBRARIES[NAMESPACE].impl(name, getattr(_reference, name), device.upper())
             served[device] = "reference"
-    if wanted is None and torch.cuda.is_available() and served["cuda"] == "reference":
+    # Asked last: the question starts CUDA, after which a process must not fork.
+    if wanted is None and served["cuda"] == "reference" and torch.cuda.is_available():
         warnings.warn(
             f"latentkv runs its slow reference on the GPU: {library_errors['cuda']}", RuntimeWarning, stacklevel=2
         )

@@ -47,7 +47,7 @@ def rope_(
         args.tensor("k", k, ACTIVATIONS, N=n, K=-1, R=rope_dim)
     elif k is not None:
         args.tensor("k", k, ACTIVATIONS, N=n, R=rope_dim)
-    _check_pairs(args, "q", q, "k", k)
+    _check_pairs(args, "q", q, "k", k, q.dtype, rotates=True)
     rows = _rows(args, None, 0, positions, cos_sin_cache, torch.full_like(positions, rope_dim > 0, dtype=torch.bool))
     if rope_dim:
         _rotate_rows(rows, positions, (q, k), cos_sin_cache, is_neox, inverse)
@@ -111,7 +111,7 @@ def _update(
     rope_dim = q_pe.shape[2] if q_pe is not None else k_pe.shape[-1] if k_pe.dim() else -1
     _check_positions(args, n, positions, table, rope_dim)
     args.tensor("k_pe", k_pe, ACTIVATIONS, N=n, R=rope_dim)
-    _check_pairs(args, "q_pe", q_pe, "k_pe", k_pe, kv_c.dtype)
+    _check_pairs(args, "q_pe", q_pe, "k_pe", k_pe, kv_c.dtype, rotates=table is not None)
     args.tensor("slot_mapping", slots, INDEX_TYPES, T=-1)
     if slots.shape[0] > n:
         args.fail("slot_mapping", f"at most N={n} entries", slots.shape[0])
@@ -147,21 +147,16 @@ def _check_positions(args: Arguments, n: int, positions: Tensor | None, table: T
 
 
 def _check_pairs(
-    args: Arguments,
-    q_name: str,
-    q: Tensor | None,
-    k_name: str,
-    k: Tensor | None,
-    dtype: torch.dtype | None = None,
+    args: Arguments, q_name: str, q: Tensor | None, k_name: str, k: Tensor | None, dtype: torch.dtype, rotates: bool
 ) -> None:
     for name, t in ((q_name, q), (k_name, k)):
         if t is None:
             continue
-        dtype = dtype or t.dtype
         args.dtype(name, t, (dtype,))
         if t.shape[-1] % 2:
             args.fail(name, "an even rope dimension R", t.shape[-1])
-        args.no_overlap(name, t)
+        if rotates:
+            args.no_overlap(name, t)
 
 
 def _rows(

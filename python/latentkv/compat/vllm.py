@@ -109,7 +109,7 @@ def rotary_embedding(
 
     def heads(name: str, x: Tensor) -> Tensor:
         if x.dim() == 2 and x.shape[1] % head_size == 0:
-            x = x.view(x.shape[0], -1, head_size)
+            x = x.view(x.shape[0], x.shape[1] // head_size, head_size)
         if x.dim() != 3 or x.shape[2] != head_size:
             raise RuntimeError(
                 f"latentkv.rotary_embedding: {name}: expected shape [N, heads * {head_size}] or "
