@@ -89,13 +89,12 @@ class Problem:
         n, h, latent, rope = case.tokens, case.heads, lay.kv_lora_rank, lay.rope_dim
         dtype = ACTIVATIONS[case.activation]
         self.q_pe = self._values("q_pe", (n, h, rope), self._q_strides(), dtype)
-        # k_pe and kv_c may share the rows of one projection, as engines have them.
-        width = latent + rope + {"contiguous": 0, "unaligned": 3}.get(case.strides, 8)
-        projection = self._values("kv", (n, width), (width, 1), dtype)
         if case.strides == "contiguous":
             self.kv_c = self._values("kv_c", (n, latent), (latent, 1), dtype)
             self.k_pe = self._values("k_pe", (n, rope), (rope, 1), dtype)
-        else:
+        else:  # both in the rows of one projection, as engines have them
+            width = latent + rope + (3 if case.strides == "unaligned" else 8)
+            projection = self._values("kv", (n, width), (width, 1), dtype)
             self.kv_c, self.k_pe = projection[:, :latent], projection[:, latent : latent + rope]
         table_dtype = ACTIVATIONS[case.table]
         self.table = None
