@@ -346,6 +346,15 @@ def test_aiter_heads(heads: int, fits: bool, site: Site) -> None:
         assert selection.reasons["ROCM_AITER_MLA"] == expected
 
 
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx940", "gfx1100", "gfx1201", "gfx1250"])
+def test_aiter_architectures(arch: str, site: Site) -> None:
+    site.aiter()
+    selection = select_backend(Platform("rocm", arch), heads=16)
+    assert selection.name == "TRITON_MLA"
+    expected = f"passed over: platform: expected gfx942 or gfx950, got rocm {arch}"
+    assert selection.reasons["ROCM_AITER_MLA"] == expected
+
+
 @pytest.mark.parametrize(
     ("platform", "format", "resolved"),
     [
@@ -368,6 +377,22 @@ def test_aiter_formats(platform: Platform, format: str, resolved: str | None, si
     else:  # the other architecture's kind of e4m3
         with pytest.raises(ValueError, match=f"ROCM_AITER_MLA: .*{platform.fp8_format}.*, got {format}"):
             select_backend(platform, heads=16, format=format)
+
+
+@pytest.mark.parametrize(
+    ("platform", "format", "dtype"),
+    [
+        (GFX942, "fp8", torch.float8_e4m3fnuz),
+        (GFX950, "fp8", torch.float8_e4m3fn),
+        (GFX942, "fp8_e5m2", torch.float8_e5m2),
+        (GFX950, "fp8_e5m2", torch.float8_e5m2),
+    ],
+)
+def test_aiter_dtypes(platform: Platform, format: str, dtype: torch.dtype, site: Site) -> None:
+    site.aiter()
+    layout = select_backend(platform, heads=16, format=format).layout
+    assert layout.dtype == layout.allocate(1, "cpu").pages_of_one.dtype == dtype
+    assert layout.row_bytes == 576
 
 
 def test_fp8_is_resolved_for_the_platform_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ BACKENDS: Mapping[str, Backend] = {
             on_request=("sm_100", "sm_120"),
         ),
         Backend(
-            "ROCM_AITER_MLA",  # its reader flattens the blocks to pages of one row
+            "ROCM_AITER_MLA",  # its reader takes MLACache.pages_of_one
             kinds=("rocm",),
             archs=("gfx942", "gfx950"),
             formats=(*_16_BIT, *_E4M3, "fp8_e5m2"),

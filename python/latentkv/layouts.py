@@ -218,6 +218,27 @@ class MLACache:
         return self.data[..., start : start + self.layout.rope_dim]
 
     @property
+    def pages_of_one(self) -> torch.Tensor:
+        """Every row as a page of its own, a view [B * bs, 1, 1, L + R] in which slot s is page s: what AITER reads.
+
+        Its dtype is the format's own, also where ``torch.uint8`` holds the cache: AITER goes by the dtype.
+
+        Raises:
+            ValueError: the placement is split, or blocks are padded, so that the rows are not evenly spaced.
+        """
+        if self.rope_data is not None:
+            raise ValueError("MLACache.pages_of_one: placement: expected concat, got split")
+        blocks, block_size, _ = self.data.shape
+        block_stride, row_stride, _ = self.data.stride()
+        if blocks > 1 and block_size > 1 and block_stride != block_size * row_stride:
+            raise ValueError(
+                f"MLACache.pages_of_one: data: expected blocks without padding, {block_size * row_stride} elements "
+                f"from one to the next, got {block_stride}"
+            )
+        width = self.layout.kv_lora_rank + self.layout.rope_dim
+        return self.data[..., :width].view(self.layout.dtype).view(self.num_slots, 1, 1, width)
+
+    @property
     def num_blocks(self) -> int:
         """B, the number of blocks."""
         return self.data.shape[0]
