@@ -129,7 +129,8 @@ struct CacheUpdate {
     while (c < p.latent_dim) {
       LKV_UNROLL
       for (int i = 0; i < batch; ++i) {
-        if (c + i * step < p.latent_dim) store(to + (c + i * step) * F::bytes, F::template encode<n>(x[i], quotient));
+        if (c + i * step < p.latent_dim)
+          store_row(to + (c + i * step) * F::bytes, F::template encode<n>(x[i], quotient));
       }
       c += batch * step;
       load_chunks();
@@ -153,7 +154,7 @@ struct CacheUpdate {
     const int count = min(heads.group_heads, heads.count - first);
     const int64_t stride = heads.head_stride;
     char* const head = heads.data + token * heads.token_stride + first * stride;
-    constexpr int batch = is_key ? 1 : 2;  // heads in flight
+    constexpr int batch = is_key || kMaxGroupHeads == 1 ? 1 : 2;  // heads in flight; a group has one key head
     Chunk<A, n> a[batch], b[batch];
     char *at_a, *at_b;
     const auto seek = [&] {
@@ -171,31 +172,40 @@ struct CacheUpdate {
     const Quotient quotient(scale);
     const Plan plan = this->plan(slot, position);
     if (!plan.rotate && !plan.write) return;
+    const auto rotate_heads = [&](const Angles<n, angle_bytes>& angles, bool is_neox) {
+      for (int h = 0;;) {
+        LKV_UNROLL
+        for (int i = 0; i < batch; ++i) {
+          if (h + i < count) {
+            rotate(a[i], b[i], angles, is_neox);
+            store(at_a + i * stride, a[i]);
+            store(at_b + i * stride, b[i]);
+          }
+        }
+        h += batch;
+        if (is_key || kMaxGroupHeads <= batch || h >= count) break;
+        at_a += batch * stride, at_b += batch * stride;
+        load_heads(h);
+      }
+    };
     for (;;) {
       if (plan.rotate) {
         Angles<n, angle_bytes> angles;
         angles.load(p, plan.position, c);
         angles.convert(p);
-        for (int h = 0;;) {
-          LKV_UNROLL
-          for (int i = 0; i < batch; ++i) {
-            if (h + i < count) {
-              rotate(a[i], b[i], angles);
-              store(at_a + i * stride, a[i]);
-              store(at_b + i * stride, b[i]);
-            }
-          }
-          h += batch;
-          if (h >= count) break;
-          at_a += batch * stride, at_b += batch * stride;
-          load_heads(h);
+        if (is_key && kShortKeyCode) {
+          rotate_heads(angles, p.is_neox);
+        } else if (p.is_neox) {
+          rotate_heads(angles, true);
+        } else {
+          rotate_heads(angles, false);
         }
       }
       if constexpr (is_key) {
         if (plan.write) {  // there is one key head, where there is a cache
           char* const to = row(p.rope, plan.slot);
-          store(to + (at_a - head) / A::bytes * F::bytes, F::template encode<n>(a[0], quotient));
-          store(to + (at_b - head) / A::bytes * F::bytes, F::template encode<n>(b[0], quotient));
+          store_row(to + (at_a - head) / A::bytes * F::bytes, F::template encode<n>(a[0], quotient));
+          store_row(to + (at_b - head) / A::bytes * F::bytes, F::template encode<n>(b[0], quotient));
         }
       }
       c += n * group.lanes;
@@ -205,11 +215,11 @@ struct CacheUpdate {
     }
   }
 
-  LKV_DEVICE void rotate(Chunk<A, n>& a, Chunk<A, n>& b, const Angles<n, angle_bytes>& angles) const {
+  LKV_DEVICE static void rotate(Chunk<A, n>& a, Chunk<A, n>& b, const Angles<n, angle_bytes>& angles, bool is_neox) {
     float x[n], y[n];
     to_floats<A, n>(a, x);
     to_floats<A, n>(b, y);
-    if (n == 1 || p.is_neox) {
+    if (n == 1 || is_neox) {
       LKV_UNROLL
       for (int i = 0; i < n; ++i) turn(x[i], y[i], angles.cos[i], angles.sin[i]);
     } else {
@@ -466,7 +476,7 @@ void run(const Call& call) {
   if (call.slots) grid.part[0] = {p.tokens, log2_lanes(latent_dim / chunk_used)};
   for (HeadPart* heads : {&p.key, &p.query}) {
     if (heads->count == 0) continue;
-    while (heads->group_heads < kMaxGroupHeads && heads->group_heads < heads->count &&
+    while (heads == &p.query && heads->group_heads < kMaxGroupHeads && heads->group_heads < heads->count &&
            (tokens * heads->count << log2_head_lanes) > heads->group_heads * resident_lanes(device)) {
       heads->group_heads *= 2;
     }

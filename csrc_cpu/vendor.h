@@ -62,6 +62,7 @@ namespace latentkv {
 
 constexpr int kMaxLog2Lanes = 0;         // of a group
 constexpr int kMaxGroupHeads = 1 << 20;  // heads that a group may turn, one after the other
+constexpr bool kShortKeyCode = true;     // both rope styles in one
 inline int64_t resident_lanes(int) {
   return 1;
 }
@@ -79,6 +80,11 @@ class HostView {
 };
 
 LKV_DEVICE void wait_for_producer() {}
+
+template <class Bits>
+LKV_DEVICE void store_row(void* p, const Bits& bits) {
+  *static_cast<Bits*>(p) = bits;
+}
 
 template <int part, class Kernel>
 void run_part(const Kernel& kernel, const Grid<Kernel::kParts>& grid) {

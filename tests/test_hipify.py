@@ -1,10 +1,13 @@
-"""One source for every vendor: csrc_common names none, and hipify takes it as it is, on a copy."""
+"""One source for every vendor: csrc_common names none, and hipify turns a copy of it into what ROCm compiles."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ import pytest
 hipify_python = pytest.importorskip("torch.utils.hipify.hipify_python")
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "cmake"))
+import hipify  # noqa: E402  (the build's script)
+
 COMMON = ROOT / "csrc_common"
 SOURCES = sorted(COMMON.glob("*"))
 VENDOR = re.compile(r"\b_*(?:cuda|cublas|cub|nv|nvcc|nvtx|nccl|ptx|hip|hipcub|rocm|amd|amdgcn|gfx)\w*", re.IGNORECASE)
@@ -38,24 +44,13 @@ def hashes() -> dict[str, str]:
     return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def hipify(folder: Path) -> dict[Path, Path]:
-    """Every file of a folder and what hipify has made of it, which may be the file itself."""
-    done = hipify_python.hipify(
-        project_directory=str(folder),
-        output_directory=str(folder),
-        includes=[f"{folder}/*"],
-        extra_files=[str(p) for p in sorted(folder.iterdir())],
-        is_pytorch_extension=True,
-        show_progress=False,
-    )
-    return {Path(source): Path(result.hipified_path or source) for source, result in done.items()}
-
-
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
 def test_the_common_source_names_no_vendor(source: Path) -> None:
+    """But for gpu.h, which speaks to the runtime in CUDA's spelling, and to nothing that hipify does not know."""
     text = source.read_text()
     assert CONDITION.findall(text) == []
-    assert VENDOR.findall(code(text)) == []
+    if source.name != "gpu.h":
+        assert VENDOR.findall(code(text)) == []
 
 
 def test_the_check_finds_vendors() -> None:
@@ -78,25 +73,35 @@ def test_the_check_finds_vendors() -> None:
 
 def test_hipify_leaves_nothing_of_cuda(tmp_path: Path) -> None:
     before = hashes()
-    folder = tmp_path / "csrc_common"
-    shutil.copytree(COMMON, folder)
-    (folder / "planted.cu").write_text(PLANTED)
-    results = hipify(folder)
+    source, copy = tmp_path / "csrc_common", tmp_path / "hipified"
+    shutil.copytree(COMMON, source)
+    (source / "planted.cu").write_text(PLANTED)
+    hipify.hipify(source, copy, hipify.engine())
 
     assert hashes() == before  # the source tree, file for file
-    assert {p.name for p in results} >= {p.name for p in SOURCES}
-    for source, result in results.items():
+    assert sorted(p.name for p in copy.iterdir()) == sorted([*(p.name for p in SOURCES), "planted.cu"])
+    for result in copy.iterdir():
         text = code(result.read_text())
-        if source.name == "planted.cu":  # hipify was at work: this one was translated
-            assert "hipMallocAsync" in text and "cudaMalloc" not in text and "<<<" not in text
+        if result.name in ("planted.cu", "gpu.h"):  # these were translated
+            assert re.search(r"\bhip[A-Z]", text) and not re.search(r"\b(cuda|CUDA)[A-Z_]", text), result.name
         else:
-            assert VENDOR.findall(text) == [], result.name
+            assert result.read_bytes() == (source / result.name).read_bytes()
+    planted = (copy / "planted.cu").read_text()
+    assert "hipMallocAsync" in planted and "<<<" not in planted
 
 
-def test_hipify_changes_no_common_file(tmp_path: Path) -> None:
-    """There is nothing to translate, so what was tested here is what a ROCm build compiles."""
-    folder = tmp_path / "csrc_common"
-    shutil.copytree(COMMON, folder)
-    results = hipify(folder)
-    for source in SOURCES:
-        assert results[folder / source.name].read_bytes() == source.read_bytes()
+def test_the_script_runs_by_itself(tmp_path: Path) -> None:
+    """As the build calls it, twice over."""
+    for _ in range(2):
+        subprocess.run([sys.executable, ROOT / "cmake" / "hipify.py", COMMON, tmp_path / "out"], check=True)
+    assert "hipStream_t" in (tmp_path / "out" / "gpu.h").read_text()
+
+
+def test_hipify_torch_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm's own package where it is installed (it is not on the public index), else the engine inside torch."""
+    monkeypatch.setitem(sys.modules, "hipify_torch", None)
+    assert hipify.engine() is hipify_python
+    package = types.ModuleType("hipify_torch")
+    package.hipify_python = types.ModuleType("hipify_torch.hipify_python")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hipify_torch", package)
+    assert hipify.engine() is package.hipify_python

@@ -123,11 +123,11 @@ class Provider:
         )
 
 
-def _load(device: str) -> ctypes.CDLL:
+def _load(name: str) -> ctypes.CDLL:
     # Looked up as a module, not imported: an editable install keeps libraries and sources apart.
-    spec = importlib.util.find_spec(f"{__package__}._{device}")
+    spec = importlib.util.find_spec(f"{__package__}._{name}")
     if spec is None or spec.origin is None:
-        raise OSError(f"the library _{device} was not built")
+        raise OSError(f"the library _{name} was not built")
     library = ctypes.CDLL(spec.origin)
     library.latentkv_register.argtypes = [ctypes.c_char_p]
     library.latentkv_register(NATIVE_NAMESPACE.encode())
@@ -137,12 +137,13 @@ def _load(device: str) -> ctypes.CDLL:
 _libraries: dict[str, ctypes.CDLL] = {}
 library_errors: dict[str, str] = {}  # device -> why its library is not there
 
-for _device in ("cpu", "cuda"):
-    if _device == "cuda" and torch.version.cuda is None:
-        library_errors[_device] = "this torch is built without CUDA"
+# A ROCm torch calls its devices "cuda" too.
+for _device, _library in (("cpu", "cpu"), ("cuda", "hip" if torch.version.hip else "cuda")):
+    if _device == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        library_errors[_device] = "this torch is built without CUDA or ROCm"
         continue
     try:
-        _libraries[_device] = _load(_device)
+        _libraries[_device] = _load(_library)
     except OSError as _error:
         library_errors[_device] = str(_error)
 
@@ -185,5 +186,5 @@ served_by: dict[str, str] = _serve()  # device -> the provider of torch.ops.late
 def set_overlap(enabled: bool) -> None:
     """Switches programmatic dependent launch (sm_90 and later; on by default) of the native CUDA kernels."""
     library: Any = _libraries.get("cuda")
-    if library is not None:
+    if library is not None and not torch.version.hip:
         library.latentkv_set_overlap(ctypes.c_bool(enabled))

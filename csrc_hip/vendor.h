@@ -1,0 +1,120 @@
+// ROCm's words for what csrc_common is written in. Waves have 64 lanes, lane groups at most 32: nothing here depends on
+// the width of a wave.
+#pragma once
+
+#include <hip/hip_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define LKV_DEVICE __device__ __forceinline__
+#define LKV_UNROLL _Pragma("unroll")
+#define LKV_GRID_CONSTANT
+
+namespace latentkv {
+
+// The compiler contracts nothing (-ffp-contract=off), and its division is correctly rounded.
+LKV_DEVICE float mul_rn(float a, float b) {
+  return a * b;
+}
+LKV_DEVICE float add_rn(float a, float b) {
+  return a + b;
+}
+LKV_DEVICE float sub_rn(float a, float b) {
+  return a - b;
+}
+LKV_DEVICE float div_rn(float a, float b) {
+  return a / b;
+}
+LKV_DEVICE float fma_rn(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+// One instruction on gfx950, integer arithmetic elsewhere.
+LKV_DEVICE uint32_t pack_bf16(float low, float high) {
+  using Pair = __bf16 __attribute__((ext_vector_type(2)));
+  return __builtin_bit_cast(uint32_t, Pair{static_cast<__bf16>(low), static_cast<__bf16>(high)});
+}
+LKV_DEVICE uint32_t pack_fp16(float low, float high) {
+  using Pair = _Float16 __attribute__((ext_vector_type(2)));
+  return __builtin_bit_cast(uint32_t, Pair{static_cast<_Float16>(low), static_cast<_Float16>(high)});
+}
+LKV_DEVICE float unpack_fp16(uint16_t bits) {
+  return __builtin_bit_cast(_Float16, bits);
+}
+constexpr bool kDividesByReciprocal = true;
+
+}  // namespace latentkv
+
+#include "fp8.h"
+#include "launch.h"
+
+namespace latentkv {
+
+// The conversions of gfx942 know the FNUZ kinds, those of gfx950 the OCP ones. They neither saturate nor promise which
+// NaN they make, so the clamp comes before them and NaN goes round them: in as 0, out as `nan`. A device without them
+// encodes in integer arithmetic.
+#if defined(__gfx942__) || defined(__gfx950__)
+template <class Kind>
+LKV_DEVICE float clamp_fp8(float x) {
+  return x == x ? __builtin_amdgcn_fmed3f(x, -Kind::max, Kind::max) : 0.f;
+}
+template <class Kind>
+LKV_DEVICE uint16_t with_nan(int codes, float low, float high) {
+  return static_cast<uint16_t>(codes | (low == low ? 0 : Kind::nan) | (high == high ? 0 : Kind::nan << 8));
+}
+#endif
+#ifdef __gfx942__
+template <>
+struct Fp8Encoder<E4M3FNUZ> {
+  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+    return with_nan<E4M3FNUZ>(
+        __builtin_amdgcn_cvt_pk_fp8_f32(clamp_fp8<E4M3FNUZ>(low), clamp_fp8<E4M3FNUZ>(high), 0, false), low, high);
+  }
+};
+#endif
+#ifdef __gfx950__
+template <>
+struct Fp8Encoder<E4M3FN> {
+  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+    return with_nan<E4M3FN>(__builtin_amdgcn_cvt_pk_fp8_f32(clamp_fp8<E4M3FN>(low), clamp_fp8<E4M3FN>(high), 0, false),
+                            low, high);
+  }
+};
+template <>
+struct Fp8Encoder<E5M2> {
+  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+    return with_nan<E5M2>(__builtin_amdgcn_cvt_pk_bf8_f32(clamp_fp8<E5M2>(low), clamp_fp8<E5M2>(high), 0, false), low,
+                          high);
+  }
+};
+#endif
+
+// Heads that a group may turn, one after the other. A second one costs the registers of two waves, and loading the
+// angles again costs little: they lie in L1.
+constexpr int kMaxGroupHeads = 1;
+constexpr bool kShortKeyCode = false;  // a copy of the code for each rope style: fewer registers
+
+// A grid starts when the one before it has ended.
+LKV_DEVICE void wait_for_producer() {}
+
+// Cache rows: written here, read by another kernel, so they need not displace what this one still reads.
+template <class Bits>
+LKV_DEVICE void store_row(void* p, const Bits& bits) {
+  using Word = typename Bits::Word;
+  using Vector = Word __attribute__((ext_vector_type(sizeof(Bits) / sizeof(Word))));
+  __builtin_nontemporal_store(__builtin_bit_cast(Vector, bits), static_cast<Vector*>(p));
+}
+
+}  // namespace latentkv
+
+#include "gpu.h"
+
+namespace latentkv {
+
+template <auto kernel, class... Args>
+void enqueue(uint32_t blocks, int device, const Args&... args) {
+  kernel<<<dim3(blocks), dim3(kBlock), 0, current_stream(device)>>>(args...);
+  gpu_check(hipGetLastError());
+}
+
+}  // namespace latentkv
