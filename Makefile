@@ -1,7 +1,8 @@
 # `make demo` and `make test` do everything a fresh machine needs: virtual environment, dependencies, build.
-# TORCH picks another torch; PYTHON another interpreter.
+# TORCH picks another torch; PYTHON another interpreter; HIP how the HIP library is built: by clang-22 where it is there.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+HIP ?= $(if $(shell command -v clang++-22),cross,AUTO)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc_common csrc_cpu csrc_cuda csrc_hip cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml
@@ -18,7 +19,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cu' '*.h' '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.cu' '*.h' '*.cpp')
 
 install: $(VENV)/installed
 
@@ -31,7 +32,7 @@ $(VENV)/torch:
 # Editable: changes in python/ act at once, changes in csrc_*/ rebuild the libraries.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet 'scikit-build-core>=0.11' 'cmake>=3.26' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' -C cmake.define.LATENTKV_HIP=$(HIP)
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@
 
 namespace latentkv {
 
-// The compiler contracts nothing (-ffp-contract=off), and its division is correctly rounded.
+// The compiler contracts nothing (-ffp-contract=off).
 LKV_DEVICE float mul_rn(float a, float b) {
   return a * b;
 }
@@ -23,11 +23,14 @@ LKV_DEVICE float add_rn(float a, float b) {
 LKV_DEVICE float sub_rn(float a, float b) {
   return a - b;
 }
-LKV_DEVICE float div_rn(float a, float b) {
-  return a / b;
-}
 LKV_DEVICE float fma_rn(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
+}
+// The compiler's sequence is correctly rounded unless b's mantissa is all ones: there the error of v_rcp_f32 may leave
+// the quotient an ulp too small, next to the midpoint. Of the two that one is right which leaves the smaller remainder.
+LKV_DEVICE float div_rn(float a, float b) {
+  const float q = a / b, next = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, q) + 1);
+  return __builtin_fabsf(fma_rn(-next, b, a)) < __builtin_fabsf(fma_rn(-q, b, a)) ? next : q;
 }
 // One instruction on gfx950, integer arithmetic elsewhere.
 LKV_DEVICE uint32_t pack_bf16(float low, float high) {

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import amd
 import latentkv
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from latentkv.providers import Provider
+from latentkv.testing.matrix import devices
 
 pytest_plugins = ["latentkv.testing.plugin"]
 
@@ -31,10 +33,42 @@ PLAIN_IMPORTS = (
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(scope="session", params=["native", "reference"])
+# Where a test runs that takes a device and a provider: each provider on each device of the machine, and the HIP library
+# on emulated AMD chips, whose memory is the host's.
+AMD = () if amd.problem() else amd.ARCHS
+PROVIDERS = ("native", "reference")
+TARGETS = [(device, name) for device in devices() for name in PROVIDERS] + [("cpu", arch) for arch in AMD]
+
+
+def pytest_report_header() -> str:
+    return f"emulated AMD devices: {', '.join(AMD) or f'absent: {amd.problem()}'}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    takes = {"device", "provider"} & set(metafunc.fixturenames)
+    if any("device" in marker.args[0] for marker in metafunc.definition.iter_markers("parametrize")):
+        return
+    if len(takes) == 2:
+        metafunc.parametrize(("device", "provider"), TARGETS, indirect=True)
+    for name in takes if len(takes) == 1 else ():
+        metafunc.parametrize(name, {"device": devices(), "provider": PROVIDERS}[name], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where tensors lie."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
 def provider(request: pytest.FixtureRequest) -> Provider:
-    """Runs a test once for each provider."""
-    return getattr(latentkv.providers, request.param)
+    """Who computes."""
+    return amd.provider(request.param) if request.param in AMD else getattr(latentkv.providers, request.param)
+
+
+def on_cpu(device: str, provider: Provider) -> bool:
+    """Whether values are checked: the CPU raises where a GPU, an emulated one too, skips the row."""
+    return device == "cpu" and provider.name not in AMD
 
 
 @pytest.fixture(scope="session")

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import TARGETS
 from latentkv import providers
 from latentkv.backends import BACKENDS
 from latentkv.layouts import FORMATS, CacheLayout
+from latentkv.providers import Provider
 from latentkv.testing import Case, Problem, for_layout, matrix
 from latentkv.testing.matrix import ACTIVATIONS, formats_for
 
 CASES = list(matrix())
 
 
-def differences(case: Case, device: str) -> list[str]:
-    """Where ``native`` on the device, or the reference on a GPU, leaves other bytes than the CPU's reference."""
-    wanted = Problem(case, "cpu")
+# The reference on the CPU is what all others are compared with.
+others = pytest.mark.parametrize(
+    ("device", "provider"), [t for t in TARGETS if t != ("cpu", "reference")], indirect=True
+)
+
+
+def differences(case: Case, device: str, provider: Provider) -> list[str]:
+    """Where the provider on the device leaves other bytes than the reference on the CPU."""
+    wanted, actual = Problem(case, "cpu"), Problem(case, device)
     wanted.run(providers.reference)
-    found = []
-    for provider in (providers.native, providers.reference):
-        if provider is providers.reference and device == "cpu":
-            continue
-        actual = Problem(case, device)
-        actual.run(provider)
-        found += [f"{case}: {provider.name} on {device}: {d}" for d in actual.differences(wanted)]
-    return found
+    actual.run(provider)
+    return [f"{case}: {provider.name} on {device}: {d}" for d in actual.differences(wanted)]
 
 
+@others
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_bytes(case: Case, device: str) -> None:
-    assert differences(case, device) == []
+def test_same_bytes(case: Case, device: str, provider: Provider) -> None:
+    assert differences(case, device, provider) == []
 
 
-def test_backends(mla_backend: str, mla_layouts: list[CacheLayout], device: str) -> None:
+@others
+def test_backends(mla_backend: str, mla_layouts: list[CacheLayout], device: str, provider: Provider) -> None:
     """Every plain layout that an attention backend reads; the packed formats are not written yet."""
     readable = {f for f in BACKENDS[mla_backend].formats if f in FORMATS}
     assert {layout.format for layout in mla_layouts} == readable
@@ -40,7 +44,7 @@ def test_backends(mla_backend: str, mla_layouts: list[CacheLayout], device: str)
         pytest.skip(f"{mla_backend} reads no plain format")
     cases = [case for layout in mla_layouts for case in for_layout(layout)]
     assert {case.layout.format for case in cases} == readable
-    assert [d for case in cases for d in differences(case, device)] == []
+    assert [d for case in cases for d in differences(case, device, provider)] == []
 
 
 # ------------------------------------------------------------------------------------------ the matrix itself

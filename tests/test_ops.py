@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import amd
 import latentkv
 import pytest
 import torch
@@ -325,10 +326,24 @@ def test_without_libraries_the_reference_serves(bare: Path, python: Python) -> N
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{'cpu': 'reference', 'cuda': 'reference'}")
     assert "'cpu': 'the library _cpu was not built'" in done.stdout
-    no_cuda = "this torch is built without CUDA" if torch.version.cuda is None else "the library _cuda was not built"
+    no_cuda = "the library _cuda was not built" if torch.version.cuda else "this torch is built without CUDA or ROCm"
     assert f"'cuda': '{no_cuda}'" in done.stdout
     slow = f"RuntimeWarning: latentkv runs its slow reference on the GPU: {no_cuda}"
     assert (slow in done.stderr) == torch.cuda.is_available()
+
+
+@pytest.mark.skipif(amd.problem() is not None, reason=f"no HIP library: {amd.problem()}")
+def test_a_rocm_torch_loads_the_hip_library(python: Python, tmp_path: Path) -> None:
+    """One package holds all libraries, and torch decides."""
+    amd.build_runtime(tmp_path)
+    rocm = "import torch; torch.version.hip, torch.version.cuda = '7.1', None\n"
+    show = "import latentkv; print(latentkv.providers.served_by, latentkv.providers.library_errors)"
+    done = python(rocm + show, LD_LIBRARY_PATH=str(tmp_path))
+    assert done.stdout.strip() == "{'cpu': 'native', 'cuda': 'native'} {}", done.stderr
+    done = python(rocm + show)
+    assert "'cuda': 'libtorch_hip.so: cannot open shared object file" in done.stdout, done.stderr
+    done = python(show, LD_LIBRARY_PATH=str(tmp_path))
+    assert ("{'cuda': 'this torch is built without CUDA or ROCm'}" in done.stdout) == (torch.version.cuda is None)
 
 
 def test_without_libraries_native_cannot_be_had(bare: Path, python: Python) -> None:

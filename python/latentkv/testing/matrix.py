@@ -196,6 +196,11 @@ def check(
     return actual.differences(wanted)
 
 
+def devices() -> list[str]:
+    """The devices of this machine: the CPU, and a GPU where there is one."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 def formats_for(activation: str) -> list[str]:
     """The formats that take activations of a dtype: its own, and every quantised one."""
     return [name for name, f in FORMATS.items() if f.quantised or f.dtype == ACTIVATIONS[activation]]

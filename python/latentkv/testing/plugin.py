@@ -1,16 +1,16 @@
 """Pytest fixtures for suites that build on latentkv: ``pytest_plugins = ["latentkv.testing.plugin"]``.
 
 ``--backend NAME`` (repeatable) picks attention backends; tests that take the fixture ``mla_backend`` run once for each.
-``device`` runs a test on every device of the machine: the CPU always, a GPU where there is one.
+The fixture ``device`` runs a test on every device of the machine: the CPU always, a GPU where there is one.
 """
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from ..backends import BACKENDS, layout_for
 from ..layouts import FORMATS, CacheLayout
+from .matrix import devices
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,17 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def devices() -> list[str]:
-    """The devices to test on."""
-    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrises ``mla_backend`` and ``device``."""
+    """Parametrises ``mla_backend``."""
     if "mla_backend" in metafunc.fixturenames:
         metafunc.parametrize("mla_backend", metafunc.config.getoption("--backend") or list(BACKENDS))
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", devices())
+
+
+@pytest.fixture(scope="session", params=devices())
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs a test once for each device."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture

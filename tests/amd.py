@@ -1,0 +1,201 @@
+"""AMD GPUs as devices of the test matrix, with no GPU: the library `_hip` itself runs, on an emulated chip.
+
+`_hip` is loaded as it ships. Its host code checks and launches as ever, but the HIP runtime that it finds is
+`cdna/hip_runtime.c`, which hands each launch to :mod:`cdna`: the machine code embedded in the library is taken out of
+it and executed, instruction by instruction, on the tensors, which lie in host memory. Every access is checked against
+the tensors that the op was given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import itertools
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cdna.code_object import CodeObject
+from cdna.machine import dispatch
+from cdna.memory import Memory
+from latentkv import ops
+from latentkv.providers import Provider
+from torch import Tensor
+
+ARCHS = ("gfx942", "gfx950")
+TOOLS = ("llvm-objdump-22", "llvm-readelf-22", "cc")
+_kept: list[object] = []  # what the loader and the callback must not lose
+
+
+def library() -> Path | None:
+    """The library `_hip` beside the package, if it was built."""
+    spec = importlib.util.find_spec("latentkv._hip")
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def problem() -> str | None:
+    """Why AMD devices cannot be emulated here; None where they can."""
+    if library() is None:
+        return "the library _hip was not built"
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"no {', '.join(missing)}" if missing else None
+
+
+def code_objects(bundle: bytes) -> dict[str, bytes]:
+    """The ELF of each architecture in clang's offload bundle."""
+    magic = b"__CLANG_OFFLOAD_BUNDLE__"
+    assert bundle.startswith(magic), "not an uncompressed offload bundle"
+    (count,), at = struct.unpack_from("<Q", bundle, len(magic)), len(magic) + 8
+    found = {}
+    for _ in range(count):
+        offset, size, length = struct.unpack_from("<QQQ", bundle, at)
+        target = bundle[at + 24 : at + 24 + length].decode()
+        at += 24 + length
+        if "amdgcn" in target:
+            found[target.rpartition("--")[2]] = bundle[offset : offset + size]
+    return found
+
+
+def embedded_bundle(path: Path) -> bytes:
+    """The offload bundle inside a library file."""
+    data = path.read_bytes()
+    return data[data.index(b"__CLANG_OFFLOAD_BUNDLE__") :]
+
+
+@functools.cache
+def shipped(arch: str) -> CodeObject:
+    """The machine code of `_hip` for an architecture."""
+    path = library()
+    assert path is not None
+    return CodeObject(code_objects(embedded_bundle(path))[arch], arch)
+
+
+def build_runtime(folder: Path) -> list[Path]:
+    """The libraries that `_hip` asks for: the stand-in for HIP's runtime, and an empty one for torch's own."""
+    sources = {"libamdhip64.so.7": Path(__file__).parent / "cdna" / "hip_runtime.c", "libtorch_hip.so": "/dev/null"}
+    for name, source in sources.items():
+        command = ["cc", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{name}", "-o", folder / name, "-x", "c", source]
+        subprocess.run(command, check=True)
+    return [folder / name for name in sources]
+
+
+class Runtime:
+    """The HIP runtime of this process.
+
+    Attributes:
+        arch, memory: the chip of the next launches, and what they may touch.
+        executed: instructions that waves have executed.
+    """
+
+    def __init__(self) -> None:
+        self.arch, self.memory, self.executed = "", Memory(), 0
+        self.random = np.random.default_rng(0)
+        self.error: BaseException | None = None
+        self._programs: dict[tuple[int, str], CodeObject] = {}
+        with tempfile.TemporaryDirectory(prefix="latentkv-hip-") as folder:
+            self._loaded = [ctypes.CDLL(str(path)) for path in build_runtime(Path(folder))]
+        dim3 = ctypes.POINTER(ctypes.c_uint32)
+        callback = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, dim3, dim3, ctypes.POINTER(ctypes.c_void_p)
+        )
+        self._on_launch = callback(self._launch)
+        self._loaded[0].set_on_launch(self._on_launch)
+
+    def _launch(self, bundle: int, name: bytes, grid: Any, block: Any, arguments: Any) -> int:
+        try:
+            kernel = self._program(bundle).kernels[name.decode()]
+            kernarg = bytearray(kernel.kernarg_size)
+            for (offset, size), pointer in zip(kernel.arguments, arguments, strict=False):
+                kernarg[offset : offset + size] = ctypes.string_at(pointer, size)
+            shape = (tuple(grid[:3]), tuple(block[:3]))
+            self.executed += dispatch(kernel, *shape, bytes(kernarg), self.memory, self.random)
+        except BaseException as error:  # a callback cannot raise through C
+            self.error = error
+            return 1
+        return 0
+
+    def _program(self, bundle: int) -> CodeObject:
+        key = (bundle, self.arch)
+        if key not in self._programs:
+            # The bundle does not tell its length: its header does, by the end of the last entry.
+            head = ctypes.string_at(bundle, 4096)
+            count = struct.unpack_from("<Q", head, 24)[0]
+            at, end = 32, 0
+            for _ in range(count):
+                offset, size, length = struct.unpack_from("<QQQ", head, at)
+                at, end = at + 24 + length, max(end, offset + size)
+            self._programs[key] = CodeObject(code_objects(ctypes.string_at(bundle, end))[self.arch], self.arch)
+        return self._programs[key]
+
+
+@functools.cache
+def runtime() -> Runtime:
+    """The one runtime of this process."""
+    return Runtime()
+
+
+def _ranges(t: Tensor) -> Iterator[tuple[int, int]]:
+    """The bytes of a tensor's elements, as (address, size); the last dimension is contiguous."""
+    if t.numel() == 0:
+        return
+    t = t if t.dim() else t[None]
+    size, item = t.shape[-1] * t.element_size(), t.element_size()
+    steps = [[i * stride * item for i in range(n)] for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)]
+    for offsets in itertools.product(*steps):
+        yield t.data_ptr() + sum(offsets), size
+
+
+def _allowed(overload: Any, args: tuple[Any, ...]) -> Memory:
+    """What an op may read and write: its tensors, those with a row per token without the padding rows."""
+    named = dict(zip((a.name for a in overload._schema.arguments), args, strict=False))
+    tokens = named["slot_mapping"].shape[0] if "slot_mapping" in named else None
+    readable, writable = [], []
+    for argument in overload._schema.arguments:
+        t = named.get(argument.name)
+        if not isinstance(t, Tensor):
+            continue
+        if argument.name in ("positions", "q_pe", "k_pe", "kv_c"):
+            t = t[:tokens]
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        (writable if written else readable).extend(_ranges(t))
+    return Memory(readable, writable)
+
+
+def load(path: Path, namespace: str, arch: str) -> Provider:
+    """A HIP library as a provider on an emulated ``arch``, its ops in a torch namespace of its own."""
+    chip = runtime()
+    loaded = ctypes.CDLL(str(path))
+    _kept.extend([ops._define(namespace), loaded])
+    loaded.latentkv_register.argtypes = [ctypes.c_char_p]
+    loaded.latentkv_register(namespace.encode())
+
+    def emulated(name: str) -> Any:
+        overload = getattr(getattr(torch.ops, namespace), name).default
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+        def op(*args: Any) -> None:
+            chip.arch, chip.memory, chip.executed, chip.error = arch, _allowed(overload, args), 0, None
+            try:
+                overload.redispatch(keys, *args)
+            finally:
+                if chip.error is not None:
+                    raise chip.error
+
+        return op
+
+    return Provider(arch, {name: emulated(name) for name in ops.OP_NAMES})
+
+
+@functools.cache
+def provider(arch: str) -> Provider:
+    """The library as it ships, on an emulated ``arch``."""
+    path = library()
+    assert path is not None, problem()
+    return load(path, f"latentkv_{arch}", arch)
