@@ -1,4 +1,4 @@
-"""The matrix can fail: faults planted in a copy of the source, one at a time, are found."""
+"""The matrix can fail: faults planted in a copy of the source are found, on the CPU and on an emulated chip."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import amd
 import pytest
 import torch
+from cdna.memory import MemoryFault
 from latentkv import CacheLayout, ops, providers
 from latentkv.layouts import FORMATS
 from latentkv.providers import Provider
@@ -25,7 +28,7 @@ KEPT: list[object] = []  # a namespace lives as long as its library object
 
 @dataclass(frozen=True)
 class Fault:
-    """A regular expression that fits once in a file of csrc_common, what to put in its place, and who must notice."""
+    """A regular expression that fits once in a file, what to put in its place, and who must notice."""
 
     name: str
     file: str
@@ -40,38 +43,63 @@ class Fault:
 FAULTS = (
     Fault(
         "sign of the sine",
-        "cache_update.cu",
+        "csrc_common/cache_update.cu",
         r"sub_rn\(mul_rn\((\w+), cos\), mul_rn\((\w+), sin\)\)",
         r"add_rn(mul_rn(\1, cos), mul_rn(\2, sin))",
         ("matrix",),
     ),
     Fault(
         "no clamp to the finite range",
-        "fp8.h",
+        "csrc_common/fp8.h",
         r"if \(u > float_bits\(Kind::max\)\) u = float_bits\(Kind::max\);",
         "",
         ("matrix", "sweep"),
     ),
     Fault(
         "ties away from zero",
-        "fp8.h",
+        "csrc_common/fp8.h",
         r"\(uint32_t\{1\} << \(drop - 1\)\) - 1 \+ \(u >> drop & 1\)",
         "(uint32_t{1} << (drop - 1))",
         ("matrix", "sweep"),
     ),
     Fault(
         "capacity off by one",
-        "cache_update.cu",
+        "csrc_common/cache_update.cu",
         r"slot >= int64_t\{p\.capacity\}",
         "slot > int64_t{p.capacity}",
         ("bounds",),
     ),
     Fault(
         "last row before the padding left out",
-        "cache_update.cu",
+        "csrc_common/cache_update.cu",
         r"\btokens = call\.slots->size\(0\);",
         "tokens = call.slots->size(0); tokens -= tokens < tokens_all;",
         ("matrix",),
+    ),
+)
+
+
+AMD_FAULTS = (
+    Fault(
+        "a wrong lane index",
+        "csrc_common/gpu.h",
+        r"threadIdx\.x & \(\(1 << shift\) - 1\)",
+        "threadIdx.x & ((1 << shift) - 2)",
+        ("wrong bytes",),
+    ),
+    Fault(
+        "a missing clamp",
+        "csrc_hip/vendor.h",
+        r"__builtin_amdgcn_fmed3f\(x, -Kind::max, Kind::max\)",
+        "x",
+        ("wrong bytes",),
+    ),
+    Fault(
+        "a store out of bounds",
+        "csrc_common/cache_update.cu",
+        r"row\(p\.latent, plan\.slot\)",
+        "row(p.latent, plan.slot) + (int64_t{1} << 40)",
+        ("MemoryFault",),
     ),
 )
 
@@ -110,9 +138,10 @@ NOTICES = {"matrix": matrix_notices, "sweep": sweep_notices, "bounds": bounds_no
 
 
 def mutated(fault: Fault, folder: Path) -> None:
-    for name in ("csrc_common", "csrc_cpu"):
+    for name in ("csrc_common", "csrc_cpu", "csrc_hip", "cmake"):
         shutil.copytree(ROOT / name, folder / name)
-    file = folder / "csrc_common" / fault.file
+    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    file = folder / fault.file
     text, count = re.subn(fault.pattern, fault.replacement, file.read_text())
     assert count == 1, f"{fault}: {fault.pattern!r} fits {count} times in {fault.file}: adapt it to the source"
     file.write_text(text)
@@ -135,7 +164,36 @@ def built(folder: Path, namespace: str) -> Provider:
     return Provider(namespace, {name: getattr(getattr(torch.ops, namespace), name).default for name in ops.OP_NAMES})
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def cross_built(folder: Path) -> Path:
+    """The HIP library of ``folder`` for gfx942, by its own CMake files and the toolchain that was made for `_hip`."""
+    (made,) = list(ROOT.glob("build/*/rocm/made"))[:1]
+    build = folder / "build"
+    shutil.copytree(made.parent, build / "rocm")
+    options = [
+        "-DLATENTKV_HIP=cross",
+        "-DLATENTKV_CUDA=OFF",
+        "-DCMAKE_HIP_ARCHITECTURES=gfx942",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    for command in (["cmake", "-G", "Ninja", "-S", folder, "-B", build, *options], ["ninja", "-C", build, "_hip"]):
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(list(map(str, command)), env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return build / "csrc_hip" / "_hip.abi3.so"
+
+
+def emulated_notices(provider: Provider) -> str:
+    """How the first of some cases of the matrix fails on an emulated chip."""
+    for case in list(matrix())[::37]:
+        try:
+            if check(case, provider, providers.reference, "cpu"):
+                return "wrong bytes"
+        except MemoryFault:
+            return "MemoryFault"
+    return "nothing"
+
+
+@pytest.mark.parametrize("fault", FAULTS + AMD_FAULTS, ids=str)
 def test_the_source_still_has_the_place(fault: Fault, tmp_path: Path) -> None:
     mutated(fault, tmp_path)
 
@@ -148,6 +206,15 @@ def test_a_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
     provider = built(tmp_path, f"latentkv_mutant_{FAULTS.index(fault)}")
     for name in fault.noticed_by:
         assert next(NOTICES[name](provider), None), f"{name}: nothing was noticed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(amd.problem() is not None, reason=f"no emulated AMD devices: {amd.problem()}")
+@pytest.mark.parametrize("fault", AMD_FAULTS, ids=str)
+def test_a_fault_is_noticed_on_an_emulated_chip(fault: Fault, tmp_path: Path) -> None:
+    mutated(fault, tmp_path)
+    provider = amd.load(cross_built(tmp_path), f"latentkv_amd_mutant_{AMD_FAULTS.index(fault)}", "gfx942")
+    assert emulated_notices(provider) in fault.noticed_by
 
 
 def test_nothing_is_noticed_without_a_fault() -> None:
