@@ -2,9 +2,10 @@
 # TORCH picks another torch; PYTHON another interpreter; HIP how the HIP library is built: by clang-22 where it is there.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-HIP ?= $(if $(shell command -v clang++-22),cross,AUTO)
+HIP ?= $(if $(shell command -v clang++-22 && command -v ld.lld-22 && command -v llvm-as-22),cross,AUTO)
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed-$(HIP)
 SOURCES := $(shell find csrc_common csrc_cpu csrc_cuda csrc_hip cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test lint install clean
@@ -21,7 +22,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.cu' '*.h' '*.cpp')
 
-install: $(VENV)/installed
+install: $(INSTALLED)
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -30,9 +31,10 @@ $(VENV)/torch:
 	touch $@
 
 # Editable: changes in python/ act at once, changes in csrc_*/ rebuild the libraries.
-$(VENV)/installed: $(VENV)/torch $(SOURCES)
+$(INSTALLED): $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet 'scikit-build-core>=0.11' 'cmake>=3.26' ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' -C cmake.define.LATENTKV_HIP=$(HIP)
+	rm -f $(VENV)/installed-*
 	touch $@
 
 clean:

@@ -37,7 +37,6 @@ RUNTIME = (
     "hipGetDevice",
     "hipGetDeviceCount",
     "hipGetErrorString",
-    "hipGetLastError",
     "hipLaunchKernel",
     "hipMemcpyAsync",
     "hipSetDevice",

@@ -38,6 +38,11 @@ def hipify(source: Path, copy: Path, hipify_python: ModuleType) -> None:
         result = Path(done[str(file)].hipified_path or file)
         if result != file:
             result.replace(file)
+            renamed = {f'#include "{f.stem}_hip{f.suffix}"': f'#include "{f.name}"' for f in files}
+            text = file.read_text()
+            for theirs, ours in renamed.items():
+                text = text.replace(theirs, ours)
+            file.write_text(text)
 
 
 if __name__ == "__main__":

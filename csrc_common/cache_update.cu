@@ -193,9 +193,11 @@ struct CacheUpdate {
         Angles<n, angle_bytes> angles;
         angles.load(p, plan.position, c);
         angles.convert(p);
-        if (is_key && kShortKeyCode) {
-          rotate_heads(angles, p.is_neox);
-        } else if (p.is_neox) {
+        if constexpr (is_key && kSharedKeyCode) {
+          rotate(a[0], b[0], angles, p.is_neox);
+          store(at_a, a[0]);
+          store(at_b, b[0]);
+        } else if (n == 1 || p.is_neox) {
           rotate_heads(angles, true);
         } else {
           rotate_heads(angles, false);

@@ -54,7 +54,7 @@ inline bool checks_values(int device) {
   if (!enabled) return false;
   cudaStreamCaptureStatus status;
   gpu_check(cudaStreamIsCapturing(current_stream(device), &status));
-  return status == cudaStreamCaptureStatusNone;
+  return status == cudaStreamCaptureStatus{};  // none: not every version of hipify knows its name
 }
 class HostView {
  public:

@@ -62,7 +62,7 @@ namespace latentkv {
 
 constexpr int kMaxLog2Lanes = 0;         // of a group
 constexpr int kMaxGroupHeads = 1 << 20;  // heads that a group may turn, one after the other
-constexpr bool kShortKeyCode = true;     // both rope styles in one
+constexpr bool kSharedKeyCode = true;    // by both rope styles
 inline int64_t resident_lanes(int) {
   return 1;
 }

@@ -67,8 +67,8 @@ struct Fp8Encoder<E5M2> {
 };
 #endif
 
-constexpr int kMaxGroupHeads = 2;     // heads that a group may turn, one after the other
-constexpr bool kShortKeyCode = true;  // both rope styles in one: more registers, but less code for a batch of one token
+constexpr int kMaxGroupHeads = 2;      // heads that a group may turn, one after the other
+constexpr bool kSharedKeyCode = true;  // by both rope styles: less code, which a batch of one token waits for
 
 // Programmatic dependent launch (sm_90 and later): a grid may start while the one before it drains. Every kernel calls
 // this before it touches memory that others share. The next grid is let go right away: it waits in its turn.

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #define LKV_DEVICE __device__ __forceinline__
 #define LKV_UNROLL _Pragma("unroll")
@@ -92,10 +94,10 @@ struct Fp8Encoder<E5M2> {
 };
 #endif
 
-// Heads that a group may turn, one after the other. A second one costs the registers of two waves, and loading the
-// angles again costs little: they lie in L1.
+// Heads that a group may turn, one after the other. A second one costs the registers of two waves; loading the angles
+// again should cost little, as they lie in L1 (an assumption: no AMD GPU has measured it).
 constexpr int kMaxGroupHeads = 1;
-constexpr bool kShortKeyCode = false;  // a copy of the code for each rope style: fewer registers
+constexpr bool kSharedKeyCode = false;  // by both rope styles: it would take more registers
 
 // A grid starts when the one before it has ended.
 LKV_DEVICE void wait_for_producer() {}
@@ -116,8 +118,14 @@ namespace latentkv {
 
 template <auto kernel, class... Args>
 void enqueue(uint32_t blocks, int device, const Args&... args) {
-  kernel<<<dim3(blocks), dim3(kBlock), 0, current_stream(device)>>>(args...);
-  gpu_check(hipGetLastError());
+  if (uint64_t{blocks} * kBlock > UINT32_MAX) {  // some versions of HIP would run a part of the grid
+    throw std::runtime_error("latentkv: HIP: expected fewer than 2^32 threads in a launch, got " +
+                             std::to_string(uint64_t{blocks} * kBlock));
+  }
+  // By its own status: hipGetLastError may tell of others' errors.
+  void* pointers[] = {const_cast<Args*>(&args)...};
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  gpu_check(hipLaunchKernel(function, dim3(blocks), dim3(kBlock), pointers, 0, current_stream(device)));
 }
 
 }  // namespace latentkv
