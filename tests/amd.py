@@ -30,7 +30,7 @@ from latentkv.providers import Provider
 from torch import Tensor
 
 ARCHS = ("gfx942", "gfx950")
-TOOLS = ("llvm-objdump-22", "llvm-readelf-22", "cc")
+TOOLS = ("llvm-objdump-22", "cc")
 _kept: list[object] = []  # what the loader and the callback must not lose
 
 
@@ -42,14 +42,16 @@ def library() -> Path | None:
 
 def problem() -> str | None:
     """Why AMD devices cannot be emulated here; None where they can."""
+    if torch.version.hip:
+        return "this torch has the real HIP runtime"
     if library() is None:
         return "the library _hip was not built"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"no {', '.join(missing)}" if missing else None
 
 
-def code_objects(bundle: bytes) -> dict[str, bytes]:
-    """The ELF of each architecture in clang's offload bundle."""
+def entries(bundle: bytes) -> dict[str, tuple[int, int]]:
+    """Offset and size of each architecture's ELF in clang's offload bundle, of which the head is enough."""
     magic = b"__CLANG_OFFLOAD_BUNDLE__"
     assert bundle.startswith(magic), "not an uncompressed offload bundle"
     (count,), at = struct.unpack_from("<Q", bundle, len(magic)), len(magic) + 8
@@ -59,8 +61,13 @@ def code_objects(bundle: bytes) -> dict[str, bytes]:
         target = bundle[at + 24 : at + 24 + length].decode()
         at += 24 + length
         if "amdgcn" in target:
-            found[target.rpartition("--")[2]] = bundle[offset : offset + size]
+            found[target.rpartition("--")[2]] = (offset, size)
     return found
+
+
+def code_objects(bundle: bytes) -> dict[str, bytes]:
+    """The ELF of each architecture in clang's offload bundle."""
+    return {arch: bundle[offset : offset + size] for arch, (offset, size) in entries(bundle).items()}
 
 
 def embedded_bundle(path: Path) -> bytes:
@@ -124,14 +131,8 @@ class Runtime:
     def _program(self, bundle: int) -> CodeObject:
         key = (bundle, self.arch)
         if key not in self._programs:
-            # The bundle does not tell its length: its header does, by the end of the last entry.
-            head = ctypes.string_at(bundle, 4096)
-            count = struct.unpack_from("<Q", head, 24)[0]
-            at, end = 32, 0
-            for _ in range(count):
-                offset, size, length = struct.unpack_from("<QQQ", head, at)
-                at, end = at + 24 + length, max(end, offset + size)
-            self._programs[key] = CodeObject(code_objects(ctypes.string_at(bundle, end))[self.arch], self.arch)
+            offset, size = entries(ctypes.string_at(bundle, 4096))[self.arch]
+            self._programs[key] = CodeObject(ctypes.string_at(bundle + offset, size), self.arch)
         return self._programs[key]
 
 

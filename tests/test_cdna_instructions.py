@@ -6,8 +6,10 @@ import itertools
 import math
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
@@ -26,7 +28,8 @@ PCODE = pytest.importorskip("tinygrad.runtime.autogen.amd.cdna.str_pcode").PCODE
 import pseudocode as pc  # noqa: E402
 from cdna import scalar as scalar_unit  # noqa: E402
 from cdna import vector as vector_unit  # noqa: E402
-from cdna.machine import State, execute  # noqa: E402
+from cdna.code_object import Kernel  # noqa: E402
+from cdna.machine import State, batches, dispatch, execute, unknown  # noqa: E402
 from cdna.memory import Memory, MemoryFault, UnknownInstruction  # noqa: E402
 from pseudocode import Value  # noqa: E402
 
@@ -1177,22 +1180,33 @@ def test_reciprocal() -> None:
 
 @dataclass
 class Approximation:
-    """A function by its value in float64, where it is tested, and special values (None is NaN)."""
+    """A function by its value in float64, where it is tested, and special values (None is NaN).
+
+    With ``flushes``, denormal numbers are zero, whether they go in or come out; else they are left open.
+    """
 
     function: Callable[[float], float]
     domain: Callable[[float], bool]
     special: dict[int, int | None]
+    flushes: bool = False
 
 
 INF, MINUS = 0x7F800000, 0x80000000
 RECIPROCAL = Approximation(
-    lambda x: 1 / x, lambda x: abs(x) < 2.0**126, {0: INF, MINUS: MINUS | INF, INF: 0, MINUS | INF: MINUS}
+    lambda x: 1 / x,
+    lambda x: True,
+    {0: INF, MINUS: MINUS | INF, INF: 0, MINUS | INF: MINUS, 1: INF, MINUS | 0x7FFFFF: MINUS | INF}  # denormal inputs
+    | {0x7E800000: 0x00800000, 0x7E800001: 0, 0x7F7FFFFF: 0, MINUS | 0x7EC00000: MINUS},  # and results, from 2**126 on
+    flushes=True,
 )
 APPROXIMATE = {
     "v_rcp_f32": RECIPROCAL,
     "v_rcp_iflag_f32": RECIPROCAL,
     "v_rsq_f32": Approximation(
-        lambda x: 1 / math.sqrt(x), lambda x: x > 0, {0: INF, MINUS: MINUS | INF, INF: 0, 0xBF800000: None}
+        lambda x: 1 / math.sqrt(x),
+        lambda x: x > 0,
+        {0: INF, MINUS: MINUS | INF, INF: 0, 0xBF800000: None, 1: INF, 0x7FFFFF: INF, MINUS | 1: MINUS | INF},
+        flushes=True,
     ),
     "v_sqrt_f32": Approximation(math.sqrt, lambda x: x > 0, {0: 0, MINUS: MINUS, INF: INF, 0xBF800000: None}),
     "v_exp_f32": Approximation(lambda x: 2.0**x, lambda x: abs(x) < 120, {0x43800000: INF, INF: INF, MINUS | INF: 0}),
@@ -1204,13 +1218,15 @@ APPROXIMATE = {
 
 @pytest.mark.parametrize("name", APPROXIMATE)
 def test_approximate(name: str) -> None:
-    """Within one ulp of the correctly rounded value, and not always at it; denormal numbers are left open."""
+    """Within one ulp of the correctly rounded value, and not always at it."""
     what, rng = APPROXIMATE[name], np.random.default_rng(0)
     source = np.concatenate([np.array(INTERESTING["f", 32], U32), rng.integers(0, 1 << 32, 3000, dtype=U32)])
     source = np.concatenate([source, rng.integers(0x3D000000, 0x43000000, 1000, dtype=U32)])
     numbers = [floats_of(int(b)) for b in source]
     source = source[[math.isfinite(x) and abs(x) >= 2.0**-126 and what.domain(x) for x in numbers]]
     want = np.array([pc.encode(what.function(floats_of(int(b))), pc.F32) for b in source], np.int64)
+    if what.flushes:
+        want = np.where(want & INF == 0, want & MINUS, want)
     errors = [apply(f"{name}_e32 v0, v4", source, seed=seed).astype(np.int64) - want for seed in range(4)]
     assert np.abs(errors).max() == 1
     assert (np.array(errors[1:]) != errors[0]).any(axis=1).all()  # another function with another seed
@@ -1364,6 +1380,28 @@ def test_one_faulty_lane_of_many() -> None:
         execute("global_load_dword v8, v[2:3], off", scene.state, memory=Memory([scene.range()], []))
 
 
+def test_across_two_ranges() -> None:
+    """Ranges that touch stay two, whatever can be done to them; those that overlap are one."""
+    buffer = np.zeros(64, U8)
+    start = -(-buffer.ctypes.data // 16) * 16
+    for kind in ("read", "write"):
+        for first, allowed in ((16, False), (20, True)):
+            ranges = [(start + 16, 16), (start, first)]
+            memory = Memory(ranges[:1], ranges[1:]) if kind == "read" else Memory([], ranges)
+            for at in (0, 8, 16):
+                address = np.array([start + at], U64)
+                with nullcontext() if allowed or at != 8 else pytest.raises(MemoryFault):
+                    memory.load(address, 4, 4)
+                    if kind == "write":
+                        memory.store(address, 4, np.zeros((4, 1), U32))
+                if kind == "write" and at == 8 and not allowed:
+                    with pytest.raises(MemoryFault):
+                        memory.store(address, 4, np.zeros((4, 1), U32))
+    memory = Memory([(start, 16)])
+    with memory.also_readable(start + 16, 16), pytest.raises(MemoryFault):
+        memory.load(np.array([start + 8], U64), 4, 4)
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
 def test_scalar_load(count: int) -> None:
     data = np.random.default_rng(count).integers(0, 1 << 32, 64, dtype=U32)
@@ -1447,6 +1485,68 @@ def test_local_memory(name: str) -> None:
         execute(f"ds_{name} {operands} {modifiers}", state)
 
 
+# --- Work-groups ----------------------------------------------------------------------------------------------------
+
+# Blocks 2 i and 2 i + 1 both add 1 to word i; each block b writes b, by way of its LDS, to word 1024 + b.
+TWO_A_WORD = """
+s_load_dwordx2 s[4:5], s[0:1], 0x0
+s_lshr_b32 s3, s2, 1
+v_mov_b32_e32 v1, s3
+v_lshlrev_b32_e32 v1, 2, v1
+global_load_dword v2, v1, s[4:5]
+v_add_u32_e32 v2, 1, v2
+global_store_dword v1, v2, s[4:5]
+v_mov_b32_e32 v3, s2
+v_mov_b32_e32 v4, 0
+ds_write_b32 v4, v3
+s_barrier
+ds_read_b32 v5, v4
+v_lshlrev_b32_e32 v3, 2, v3
+v_add_u32_e32 v3, 0x1000, v3
+global_store_dword v3, v5, s[4:5]
+s_endpgm
+"""
+
+
+def handmade(text: str) -> Kernel:
+    """A kernel with one pointer for an argument (s[0:1] has its address), the block's x in s2, and a word of LDS."""
+    listing = [f"{line} // {4 * i:012X}: 0" for i, line in enumerate(text.strip().splitlines())]
+    descriptor = struct.pack("<48xIIHH4x", 0xF0 << 12 | 0b1010 << 20, 2 << 1 | 1 << 7, 8, 0)
+    resources = {"vgprs": 8, "agprs": 0, "sgprs": 8, "vgpr_spills": 0, "sgpr_spills": 0, "scratch_bytes": 0}
+    return Kernel(
+        "handmade", "gfx942", [(0, 8)], 8, **resources, lds_bytes=4, wavefront=64, raw_descriptor=descriptor,
+        listing=listing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", [2, 128, 1024])
+def test_blocks_race(blocks: int) -> None:
+    """An update that two blocks both make is seen to be made twice, for about every other pair, and for a lone one."""
+    words = np.zeros(2048, U32)
+    memory = Memory([], [(words.ctypes.data, words.nbytes)])
+    kernarg = struct.pack("<Q", words.ctypes.data)
+    dispatch(handmade(TWO_A_WORD), (blocks, 1, 1), (1, 1, 1), kernarg, memory, np.random.default_rng(blocks))
+    twice = int((words[: blocks // 2] == 2).sum())
+    assert twice == 1 if blocks == 2 else blocks // 8 < twice < blocks // 2
+    np.testing.assert_array_equal(words[1024 : 1024 + blocks], np.arange(blocks))
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 64, 1000])
+def test_batches(blocks: int) -> None:
+    """Every block once, no batch too large, never all blocks in one; neighbours part, elsewhere in each launch."""
+    rng, apart = np.random.default_rng(blocks), []
+    for most in (1, 7, 512, 512):
+        found = batches(blocks, most, rng)
+        assert len(found) >= min(blocks, 2) and all(0 < len(numbers) <= most for numbers in found)
+        assert sorted(np.concatenate([*found, np.arange(0)]).tolist()) == list(range(blocks))
+        batch = {int(number): i for i, numbers in enumerate(found) for number in numbers}
+        apart.append([batch[i] != batch[i + 1] for i in range(blocks - 1)])
+    if blocks == 2:
+        assert all(map(all, apart))
+    if blocks >= 64:
+        assert all(sum(parted) > blocks // 4 for parted in apart) and apart[2] != apart[3]
+
+
 # --- What isn't known -----------------------------------------------------------------------------------------------
 
 UNKNOWN = """
@@ -1477,6 +1577,12 @@ def test_unknown(text: str) -> None:
 def test_unknown_architecture() -> None:
     with pytest.raises(UnknownInstruction):
         execute("v_mov_b32_e32 v0, v4", State(), arch="gfx1100")
+
+
+@pytest.mark.parametrize("text", ["v_frobnicate_b32 v0, v4", "s_branch 100"])
+def test_unknown_where_no_wave_gets(text: str) -> None:
+    assert unknown(handmade(TWO_A_WORD)) == []
+    assert len(unknown(handmade(f"{TWO_A_WORD.strip()}\n{text}\ns_endpgm"))) == 1
 
 
 # --- The evaluator --------------------------------------------------------------------------------------------------

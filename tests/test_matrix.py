@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import amd
 import pytest
 import torch
-from conftest import TARGETS
+from conftest import AMD, TARGETS
 from latentkv import providers
 from latentkv.backends import BACKENDS
 from latentkv.layouts import FORMATS, CacheLayout
@@ -33,6 +34,13 @@ def differences(case: Case, device: str, provider: Provider) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bytes(case: Case, device: str, provider: Provider) -> None:
     assert differences(case, device, provider) == []
+
+
+def test_emulated_amd_devices_take_part() -> None:
+    """Where they are absent, this says why."""
+    if not AMD:
+        pytest.skip(f"emulated AMD devices are absent: {amd.problem()}")
+    assert {name for _, name in TARGETS} > set(AMD) == set(amd.ARCHS)
 
 
 @others
@@ -85,3 +93,14 @@ def test_the_matrix_meets_every_choice() -> None:
             for placement in ("concat", "split"):
                 met = {getattr(c, axis) for c in rotated if (c.rope, c.layout.placement) == (rope, placement)}
                 assert met == values, f"{axis}: {rope} {placement} meets only {met} of {values}"
+    alone = [c for c in CASES if c.op == "rope_"]
+    assert not any(c.inverse for c in writes) and sum(c.inverse for c in alone) == len(alone) // 2
+    for axis in ("activation", "strides", "table", "heads"):
+        for rope in ("gptj", "neox"):
+            met = {(getattr(c, axis), c.inverse) for c in alone if c.rope == rope}
+            assert met == {(value, i) for value in {getattr(c, axis) for c in alone} for i in (False, True)}, axis
+    long = [c for c in writes if c.layout.kv_lora_rank > 512 and c.layout.rope_dim > 512]
+    assert {(c.activation, c.layout.format) for c in long} == pairs
+    for placement in ("concat", "split"):
+        met = {(c.rope, c.strides) for c in long if c.layout.placement == placement}
+        assert met == {(r, s) for r in ("gptj", "neox") for s in ("contiguous", "unaligned")}

@@ -326,7 +326,8 @@ def test_without_libraries_the_reference_serves(bare: Path, python: Python) -> N
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{'cpu': 'reference', 'cuda': 'reference'}")
     assert "'cpu': 'the library _cpu was not built'" in done.stdout
-    no_cuda = "the library _cuda was not built" if torch.version.cuda else "this torch is built without CUDA or ROCm"
+    missing = "_hip" if torch.version.hip else "_cuda" if torch.version.cuda else None
+    no_cuda = f"the library {missing} was not built" if missing else "this torch is built without CUDA or ROCm"
     assert f"'cuda': '{no_cuda}'" in done.stdout
     slow = f"RuntimeWarning: latentkv runs its slow reference on the GPU: {no_cuda}"
     assert (slow in done.stderr) == torch.cuda.is_available()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+import amd
 import latentkv
 import pytest
 import torch
-from conftest import Python, on_cpu
+from conftest import AMD, Python, on_cpu
 from latentkv import CacheLayout, MLACache, providers
 from latentkv.layouts import FORMATS
 from latentkv.providers import Provider
@@ -21,6 +24,7 @@ QUANTISED = [f for f in FORMATS if FORMATS[f].quantised]
 FAR_INDICES = [2**31, 2**31 + 5, 2**32, 2**32 + 5, 3 * 2**32 + 1, 2**62, 2**63 - 1]
 NEGATIVES = [-1, -2, -(2**31), -(2**32) + 5, -(2**33), -(2**63), -(2**63) + 5]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+emulated = pytest.mark.skipif(not AMD, reason=f"no emulated AMD devices: {amd.problem()}")
 
 
 # ------------------------------------------------------------------------------------------------- the oracle
@@ -787,6 +791,59 @@ def test_checks_make_the_gpu_raise(python: Python) -> None:
     assert done.returncode == 0 and "checked" in done.stdout, done.stderr
 
 
+# Both what LATENTKV_CHECKS=1 makes of an emulated chip and what it is without.
+CHECKED_ON_AMD = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import amd, latentkv
+from latentkv import providers
+from latentkv.testing import Case, Problem
+
+def said(p, provider):
+    try:
+        p.run(provider)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+
+chip, checks = amd.provider("gfx942"), os.environ.get("LATENTKV_CHECKS") == "1"
+for op, index, value in (
+    *(("write_cache_", "slots", v) for v in (10**6, 2**32 + 5)),
+    *(("rope_write_cache_", "slots", v) for v in (10**6, 2**32 + 5)),
+    *(("rope_write_cache_", "positions", v) for v in (10**6, 2**32 + 5, -1)),
+    *(("rope_", "positions", v) for v in (10**6, 2**32 + 5, -1)),
+):
+    case = Case(op, latentkv.CacheLayout(32, 32, 4, "bf16"))
+    p, cpu, before, skipped = (Problem(case, "cpu") for _ in range(4))
+    getattr(p, index)[2] = getattr(cpu, index)[2] = value
+    if op == "rope_":  # there are no slots to mask by
+        kept = skipped.q_pe[2].clone(), skipped.k_pe[2].clone()
+        skipped.run(providers.native)
+        skipped.q_pe[2], skipped.k_pe[2] = kept
+    else:
+        skipped.slots[2] = -1
+        skipped.run(providers.native)
+    want, got = said(cpu, providers.native), said(p, chip)
+    assert want and f"got {{value}} at row 2" in want, want
+    assert got == (want if checks else None), (got, want)
+    assert p.differences(before if checks else skipped) == [], (op, index, value)
+p, want = (Problem(Case("rope_write_cache_", latentkv.CacheLayout(32, 32, 4, "bf16")), "cpu") for _ in range(2))
+for problem, provider in ((p, chip), (want, providers.native)):
+    problem.slots[1], problem.positions[1] = -1, -5  # a masked row is none of its business
+    problem.run(provider)
+assert p.differences(want) == []
+print("checked" if checks else "skipped")
+"""
+
+
+@emulated
+@pytest.mark.parametrize("checks", [True, False])
+def test_checks_make_an_emulated_chip_raise(python: Python, checks: bool) -> None:
+    """As the CPU does, in its words and before anything is written; without the variable the row is skipped."""
+    variables = {"LATENTKV_CHECKS": "1"} if checks else {}
+    done = python(CHECKED_ON_AMD.format(tests=str(Path(__file__).parent)), **variables)
+    assert done.returncode == 0 and ("checked" if checks else "skipped") in done.stdout, done.stderr
+
+
 @on_gpu
 def test_nothing_is_allocated_on_the_device() -> None:
     p = make("cuda", op="rope_", tokens=64, strides="sliced")
@@ -1032,3 +1089,52 @@ def test_strides_that_reach_beyond_2_31_elements(far: str, misaligned: int) -> N
         view.view(torch.int16).fill_(POISON * 0x101 - 0x10000)
     assert_same_bytes(p.buffers["cache0"], want.buffers["cache0"])
     assert all(bool((piece == POISON).all()) for piece in buffer.split(2**30))
+
+
+# --------------------------------------------------------------------------------- emulated chips: beyond 2^32
+
+
+def spread(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy of ``t`` with other strides in memory of its own, which is taken only where an element lies."""
+    extent = sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=True)) + 1
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python's name is newer than Linux's
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    pages = mmap.mmap(-1, extent * t.element_size(), flags=flags)
+    view = torch.frombuffer(pages, dtype=torch.uint8).view(t.dtype).as_strided(t.shape, strides)
+    plain(view).copy_(plain(t))
+    return view
+
+
+@emulated
+@pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="needs POSIX mmap")
+@pytest.mark.parametrize("arch", AMD or ["none"])
+@pytest.mark.parametrize(("placement", "format"), [("concat", "bf16"), ("split", "fp8_e4m3fn")])
+@pytest.mark.parametrize("far", ["outer", "inner"])
+@pytest.mark.parametrize("misaligned", [0, 1])
+def test_strides_beyond_2_32_elements_on_an_emulated_chip(
+    misaligned: int, far: str, placement: str, format: str, arch: str
+) -> None:
+    """Tokens or heads of q, blocks or entries of the cache, and the rows of k_pe, kv_c and the table lie far apart.
+
+    From each to the next it is more than 2^32 elements. The emulated chip raises at an access outside the rows, and
+    there a stride or an offset leads that was cut to 31 or 32 bits, be it of elements or of bytes.
+    """
+    want = make("cpu", tokens=3, heads=3, block_size=3, format=format, placement=placement)
+    assert want.positions is not None and want.table is not None
+    want.positions[:], want.slots[:] = torch.tensor([2, 0, 1]), torch.tensor([8, 0, 4])
+    want.table = want.table[:3].to(ACTIVATIONS["bf16" if format == "bf16" else "fp32"])
+    step, near = 2**32 + 4096 + misaligned, 128
+    outer_inner = (step, near) if far == "outer" else (near, step)
+    p = copy.deepcopy(want)
+    p.q_pe = spread(want.q_pe, (*outer_inner, 1))
+    p.k_pe, p.kv_c = spread(want.k_pe, (step, 1)), spread(want.kv_c, (step, 1))
+    p.table = spread(want.table, (step, 1))
+    p.cache = MLACache.wrap([spread(t, (*outer_inner, 1)) for t in want.cache.tensors], p.case.layout, want.cache.scale)
+    before = plain(want.cache.data).clone()
+    p.run(amd.provider(arch))
+    want.run(providers.reference)
+    assert not torch.equal(plain(want.cache.data), before)
+    for name in ("q_pe", "k_pe", "kv_c", "table"):
+        assert_same_bytes(getattr(p, name), getattr(want, name))
+    for got, part in zip(p.cache.tensors, want.cache.tensors, strict=True):
+        assert_same_bytes(plain(got), plain(part))

@@ -227,11 +227,26 @@ def clamp(x: Array) -> Array:
     return np.where(x > zero, np.minimum(x, one), zero)
 
 
+_TINY = np.finfo(np.float32).tiny
+
+
+def _flush(x: Array) -> Array:
+    """Denormal numbers of fp32 to the zero of their sign."""
+    return np.where(np.abs(x) < _TINY, np.copysign(np.float32(0), x), x)
+
+
+def flushing(
+    function: Callable[[Array, np.random.Generator], Array],
+) -> Callable[[Array, np.random.Generator], Array]:
+    """Of an fp32 function: neither takes nor gives denormal numbers, whatever the mode says of them."""
+    return lambda x, rng: _flush(function(_flush(x), rng))
+
+
 def approximation(function: Callable[[Array], Array]) -> Callable[[Array, np.random.Generator], Array]:
     """An fp32 function that the hardware gives with an error of at most an ulp: one of the numbers so near, at random.
 
-    Zeros, infinities and NaNs stay, and nothing becomes one. Compilers count on the bound: their division of integers
-    fails where v_rcp_f32 is off by more, say by an ulp from the correctly rounded value.
+    Zeros, infinities and NaNs stay, and nothing becomes one; what is normal stays so. Compilers count on the bound:
+    their division of integers fails where v_rcp_f32 is off by more, say by an ulp from the correctly rounded value.
     """
 
     def perturbed(x: Array, rng: np.random.Generator) -> Array:
@@ -239,6 +254,7 @@ def approximation(function: Callable[[Array], Array]) -> Callable[[Array, np.ran
         nearest = exact.astype(np.float32)
         other = (bits_of(nearest) + rng.integers(-1, 2, nearest.shape, np.int32).view(np.uint32)).view(np.float32)
         near = np.abs(other - exact) <= np.spacing(np.abs(nearest))
+        near &= (np.abs(other) < _TINY) == (np.abs(nearest) < _TINY)
         return np.where(near & np.isfinite(other) & (other != 0) & (nearest != 0), other, nearest)
 
     return perturbed

@@ -185,7 +185,7 @@ class CodeObject:
             self.kernels[get(".name")] = Kernel(
                 name=get(".name"),
                 arch=arch,
-                arguments=[(argument[".offset"], argument[".size"]) for argument in get(".args", [])],
+                arguments=list(_arguments(get(".name"), get(".args", []))),
                 kernarg_size=get(".kernarg_segment_size"),
                 vgprs=get(".vgpr_count"),
                 agprs=get(".agpr_count", 0),
@@ -198,6 +198,14 @@ class CodeObject:
                 raw_descriptor=symbols[get(".symbol")],
                 listing=listings[get(".name")],
             )
+
+
+def _arguments(name: str, arguments: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Offset and size of each, which the caller passes; refuses those that the runtime would have to fill in."""
+    for argument in arguments:
+        if (kind := argument[".value_kind"]) not in ("by_value", "global_buffer"):
+            raise UnknownInstruction(f"{name}: an argument of the kind {kind}")
+        yield argument[".offset"], argument[".size"]
 
 
 def _disassemble(elf: bytes, arch: str) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from .memory import Memory
 from .operands import Step
 from .state import LANES, State, pack
 
-__all__ = ["State", "dispatch", "execute"]
+__all__ = ["State", "batches", "dispatch", "execute", "unknown"]
 
 _WITHOUT_EFFECT = re.compile(r"(s_nop|s_sleep|s_setprio) \d+|s_waitcnt( (vm|lgkm|exp)cnt\(\d+\))+|v_nop(_e32|_e64)?")
 _CONDITIONS: dict[str, Callable[[State], np.ndarray]] = {
@@ -47,6 +47,22 @@ def decode(instruction: Instruction, arch: str) -> Step | None:
     except (IndexError, ValueError) as error:
         raise instruction.unknown("the number of operands") from error
     raise instruction.unknown(f"not modelled on {arch}")
+
+
+def unknown(kernel: Kernel) -> list[str]:
+    """What a run that got everywhere would fail at: why, for each instruction that cannot be executed."""
+    found = []
+    try:
+        Program(kernel)
+    except UnknownInstruction as error:  # a branch to nowhere
+        found.append(str(error))
+    for instruction in {instruction.text: instruction for instruction in kernel.instructions}.values():
+        try:
+            if instruction.mnemonic not in _ENDS_BLOCK:
+                decode(instruction, kernel.arch)
+        except UnknownInstruction as error:
+            found.append(str(error))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- programs
@@ -162,6 +178,16 @@ def execute(text: str, state: State, arch: str = "gfx942", memory: Memory | None
                 step(state)
 
 
+def batches(blocks: int, most: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """The numbers of the blocks that run together, at most so many, and never all: drawn at random.
+
+    Within a batch every load comes before a later store, whichever blocks they belong to. So what two blocks both
+    read and write comes out as if there was one, and only shows where they run one after the other.
+    """
+    count = max(-(-blocks // most), min(blocks, 2))
+    return np.array_split(rng.permutation(blocks), count) if blocks else []
+
+
 def dispatch(
     kernel: Kernel,
     blocks: tuple[int, int, int],
@@ -178,11 +204,9 @@ def dispatch(
         raise UnknownInstruction(f"{kernel.name}: waves of {kernel.wavefront} lanes")
     arguments = np.frombuffer(kernarg, np.uint8).copy()
     waves, executed = -(-math.prod(threads) // LANES), 0
-    batch = max(BATCH // waves, 1)
     with np.errstate(all="ignore"), memory.also_readable(arguments.ctypes.data, arguments.size):
-        for first in range(0, math.prod(blocks), batch):
-            count = min(batch, math.prod(blocks) - first)
-            state = State(count * waves, max(kernel.vgprs, 1), 108, kernel.lds_bytes, rng, count, first)
+        for numbers in batches(math.prod(blocks), max(BATCH // waves, 1), rng):
+            state = State(len(numbers) * waves, max(kernel.vgprs, 1), 108, kernel.lds_bytes, rng, numbers)
             state.memory, state.kernel = memory, kernel.name
             _initialise(state, kernel, blocks, threads, arguments.ctypes.data)
             executed += _program(kernel).run(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,12 +21,12 @@ _SPACES = {size: _SPACE.view(f"u{size}") for size in (1, 2, 4)}
 
 
 class _Ranges:
-    """Disjoint address ranges in rising order."""
+    """Disjoint address ranges in rising order: those that overlap are one, those that only touch are not."""
 
     def __init__(self, ranges: Ranges):
         merged: list[list[int]] = []
         for start, size in sorted(ranges):
-            if size and merged and start <= merged[-1][1]:
+            if size and merged and start < merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], start + size)
             elif size:
                 merged.append([start, start + size])
@@ -50,7 +50,7 @@ class _Ranges:
         return f"the nearest range is [{start:#x}, {start + size:#x}), {size} bytes, {gap} bytes away"
 
     def pairs(self) -> list[tuple[int, int]]:
-        """As they came, but merged."""
+        """As they came, but for those that overlapped."""
         return list(zip(self.starts.tolist(), (self.ends - self.starts).tolist(), strict=True))
 
 
@@ -101,14 +101,14 @@ class Memory:
 
 
 class LocalMemory:
-    """LDS: ``size`` bytes for each of some work-groups, numbered from ``first`` on.
+    """LDS: ``size`` bytes for each of the work-groups with the numbers ``blocks``.
 
     An address here is block << 40 | offset.
     """
 
-    def __init__(self, blocks: int, size: int, rng: np.random.Generator, first: int = 0):
-        self.size, self._stride, self._first = size, -(-size // 4) * 4, first
-        data = rng.integers(256, size=blocks * self._stride, dtype=np.uint8)
+    def __init__(self, blocks: Sequence[int] | np.ndarray, size: int, rng: np.random.Generator):
+        self.size, self._stride, self._blocks = size, -(-size // 4) * 4, np.sort(blocks)
+        data = rng.integers(256, size=len(blocks) * self._stride, dtype=np.uint8)
         self._views = {element: data.view(f"u{element}") for element in (1, 2, 4)}
 
     def load(self, addresses: np.ndarray, element: int, count: int) -> np.ndarray:
@@ -125,4 +125,5 @@ class LocalMemory:
         for index in np.flatnonzero((offsets + size > self.size) | (offsets % element != 0))[:1]:
             why = f"LDS has {self.size} bytes, and addresses are multiples of {element}"
             raise MemoryFault(f"LDS {kind}", int(offsets[index]), size, int(index), why)
-        return ((blocks - self._first) * self._stride + offsets) // element + np.arange(count)[:, None]
+        places = np.searchsorted(self._blocks, blocks)
+        return (places * self._stride + offsets) // element + np.arange(count)[:, None]

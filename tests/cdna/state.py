@@ -22,7 +22,7 @@ TYPES = {
 class State:
     """``waves`` waves in step, whose registers hold random bits until they are written.
 
-    They belong to ``blocks`` work-groups, numbered from ``first_block`` on, that have ``lds_bytes`` of LDS each.
+    They belong to the work-groups with the numbers ``blocks``, equally many to each, which has ``lds_bytes`` of LDS.
 
     Attributes:
         v: vector registers, uint32 [vgprs, waves * 64].
@@ -43,18 +43,17 @@ class State:
         sgprs: int = 108,
         lds_bytes: int = 0,
         rng: np.random.Generator | None = None,
-        blocks: int = 1,
-        first_block: int = 0,
+        blocks: Sequence[int] | np.ndarray = (0,),
     ):
         self.rng = rng or np.random.default_rng(0)
         self.memory, self.kernel = Memory(), "assembly"
-        self.local = LocalMemory(blocks, lds_bytes, self.rng, first_block)
+        self.local = LocalMemory(blocks, lds_bytes, self.rng)
         random = self.rng.integers(2**32, size=(vgprs, 1, LANES), dtype=np.uint32)
         vector = np.repeat(random, waves, axis=1)
         scalar = self.rng.integers(2**32, size=(waves, _SCALARS), dtype=np.uint32)
-        block, wave = np.divmod(np.arange(waves), -(-waves // blocks))
+        block, wave = np.divmod(np.arange(waves), -(-waves // len(blocks)))
         self.sgprs = sgprs
-        self._set(vector, scalar, self.rng.random(waves) < 0.5, first_block + block, wave)
+        self._set(vector, scalar, self.rng.random(waves) < 0.5, np.asarray(blocks)[block], wave)
         self.exec_mask = 2**64 - 1
 
     def _set(

@@ -221,10 +221,10 @@ _TABLE: dict[str, dict[str, Function]] = {
     "f32 mask = f32 f32 f32": {"v_div_scale_f32": alu.div_scale},
     "f32 = f32 f32 f32 vcc": {"v_div_fmas_f32": alu.div_fmas},
     "f32 = f32 rng": {
-        "v_rcp_f32": alu.approximation(np.reciprocal),
-        "v_rcp_iflag_f32": alu.approximation(np.reciprocal),
+        "v_rcp_f32": alu.flushing(alu.approximation(np.reciprocal)),
+        "v_rcp_iflag_f32": alu.flushing(alu.approximation(np.reciprocal)),
         "v_sqrt_f32": alu.approximation(np.sqrt),
-        "v_rsq_f32": alu.approximation(lambda x: np.reciprocal(np.sqrt(x))),
+        "v_rsq_f32": alu.flushing(alu.approximation(lambda x: np.reciprocal(np.sqrt(x)))),
         "v_exp_f32": alu.approximation(np.exp2),
         "v_log_f32": alu.approximation(np.log2),
     },

@@ -45,6 +45,7 @@ class Case:
         as_bytes: back a quantised cache by uint8.
         pages: B, 1, bs, C tensors with padded blocks at a storage offset, instead of packed B, bs, C.
         scale: dequantisation scale, or None.
+        inverse: turn back by the negative angle, which only rope_ can.
     """
 
     op: str
@@ -60,6 +61,7 @@ class Case:
     as_bytes: bool = False
     pages: bool = False
     scale: float | None = 0.37
+    inverse: bool = False
 
     def __str__(self) -> str:
         lay = self.layout
@@ -69,6 +71,7 @@ class Case:
             f"i{self.index.itemsize * 8}",
             *(["bytes"] if self.as_bytes else []),
             *(["pages"] if self.pages else []),
+            *(["inverse"] if self.inverse else []),
         ]
         return "-".join(parts)
 
@@ -159,7 +162,7 @@ class Problem:
         neox = self.case.rope == "neox"
         if self.case.op == "rope_":
             assert self.positions is not None and self.table is not None, "rope_ needs a rotation"
-            provider.rope_(self.positions, self.q_pe, self.k_pe, self.table, is_neox=neox)
+            provider.rope_(self.positions, self.q_pe, self.k_pe, self.table, is_neox=neox, inverse=self.case.inverse)
         elif self.case.op == "write_cache_":
             provider.write_cache_(self.kv_c, self.k_pe, self.slots, self.cache)
         else:
@@ -215,6 +218,9 @@ def matrix() -> Iterator[Case]:
 
     Dimensions, block sizes, table and index dtypes, page shapes and uint8 backing go round with the cases, at periods
     that share no factor, so that each meets each.
+
+    Then rope_ alone: activation x rope style x strides x table, every other pair of cases inverse. Last, rows so long
+    that a GPU's lanes pass over them more than once: activation x format x rope style x strides.
     """
     axes = itertools.product(
         ("rope_write_cache_", "write_cache_"),
@@ -250,7 +256,20 @@ def matrix() -> Iterator[Case]:
     ):
         number += 1
         layout = CacheLayout(8, (64, 32, 6, 128, 16)[number % 5], 16)
-        yield Case("rope_", layout, activation, rope, strides, table=table, tokens=7, heads=(16, 3)[number % 2])  # type: ignore[arg-type]
+        yield Case(
+            "rope_", layout, activation, rope, strides,  # type: ignore[arg-type]
+            table=table, tokens=7, heads=(16, 3)[number % 2], inverse=number // 2 % 2 == 1,
+        )  # fmt: skip
+    long = [(a, f) for a in ACTIVATIONS for f in formats_for(a)]
+    for i, (j, rope), (k, strides) in itertools.product(
+        range(len(long)), enumerate(("gptj", "neox")), enumerate(("contiguous", "unaligned"))
+    ):
+        activation, fmt = long[i]
+        layout = CacheLayout(1024, 1024, 4, fmt, ("concat", "split")[(i + j + k) % 2])
+        yield Case(
+            "rope_write_cache_", layout, activation, rope, strides,  # type: ignore[arg-type]
+            table=list(ACTIVATIONS)[(i + j) % 3], tokens=3, heads=2,
+        )  # fmt: skip
 
 
 def for_layout(layout: CacheLayout) -> Iterator[Case]:
