@@ -26,6 +26,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 PCODE = pytest.importorskip("tinygrad.runtime.autogen.amd.cdna.str_pcode").PCODE
 
 import pseudocode as pc  # noqa: E402
+from cdna import alu  # noqa: E402
 from cdna import scalar as scalar_unit  # noqa: E402
 from cdna import vector as vector_unit  # noqa: E402
 from cdna.code_object import Kernel  # noqa: E402
@@ -1156,6 +1157,25 @@ def assert_divides(numerators: Array, denominators: Array, seed: int) -> None:
 def test_division(cases: list[tuple[int, int]], seed: int) -> None:
     numerators, denominators = np.array(cases, U32).T
     assert_divides(numerators.copy(), denominators.copy(), seed)
+
+
+@pytest.mark.parametrize("error", [-1, 0, 1])
+def test_reciprocal_of_every_mantissa(error: int) -> None:
+    """What `div_rn` in csrc_hip/vendor.h rests on: 1 / b for each mantissa, whatever v_rcp_f32's last bit.
+
+    clang's sequence alone is wrong for one mantissa unless that bit is right; with a look at the remainder it never is.
+    """
+    b = (np.arange(1 << 23, dtype=np.uint32) | 0x3F800000).view(np.float32)
+    one, right = np.ones_like(b), (1 / b.astype(np.float64)).astype(np.float32)
+    y = (right.view(np.int32) + error).view(np.float32)  # v_rcp_f32
+    y = alu.fma(alu.fma(-b, y, one), y, y)
+    q = alu.fma(alu.fma(-b, y, one), y, y)
+    q = alu.fma(alu.fma(-b, q, one), y, q)
+    wrong = b[q != right].view(np.uint32).tolist()
+    assert wrong == ([0x3FFFFFFF] if error else [])
+    following = (q.view(np.uint32) + 1).view(np.float32)
+    closer = np.abs(alu.fma(-following, b, one)) < np.abs(alu.fma(-q, b, one))
+    assert np.array_equal(np.where(closer, following, q), right)
 
 
 @pytest.mark.parametrize("seed", range(3))
