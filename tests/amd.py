@@ -31,6 +31,7 @@ from torch import Tensor
 
 ARCHS = ("gfx942", "gfx950")
 TOOLS = ("llvm-objdump-22", "cc")
+KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # whose kernels are called, whatever the tensors
 _kept: list[object] = []  # what the loader and the callback must not lose
 
 
@@ -179,12 +180,11 @@ def load(path: Path, namespace: str, arch: str) -> Provider:
 
     def emulated(name: str) -> Any:
         overload = getattr(getattr(torch.ops, namespace), name).default
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
         def op(*args: Any) -> None:
             chip.arch, chip.memory, chip.executed, chip.error = arch, _allowed(overload, args), 0, None
             try:
-                overload.redispatch(keys, *args)
+                overload.redispatch(KEYS, *args)
             finally:
                 if chip.error is not None:
                     raise chip.error

@@ -1094,13 +1094,18 @@ def test_strides_that_reach_beyond_2_31_elements(far: str, misaligned: int) -> N
 # --------------------------------------------------------------------------------- emulated chips: beyond 2^32
 
 
-def spread(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy of ``t`` with other strides in memory of its own, which is taken only where an element lies."""
-    extent = sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=True)) + 1
+def virtual(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of its own, of which only what is touched is taken."""
+    extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python's name is newer than Linux's
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    pages = mmap.mmap(-1, extent * t.element_size(), flags=flags)
-    view = torch.frombuffer(pages, dtype=torch.uint8).view(t.dtype).as_strided(t.shape, strides)
+    pages = mmap.mmap(-1, extent * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).as_strided(shape, strides)
+
+
+def spread(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy of ``t`` with other strides."""
+    view = virtual(tuple(t.shape), strides, t.dtype)
     plain(view).copy_(plain(t))
     return view
 
@@ -1138,3 +1143,14 @@ def test_strides_beyond_2_32_elements_on_an_emulated_chip(
         assert_same_bytes(getattr(p, name), getattr(want, name))
     for got, part in zip(p.cache.tensors, want.cache.tensors, strict=True):
         assert_same_bytes(plain(got), plain(part))
+
+
+@emulated
+def test_a_grid_that_hip_cannot_take() -> None:
+    """2^32 threads: refused, where some versions of HIP would run a part of them."""
+    tokens, heads = 2**22, 32
+    q = virtual((tokens, heads, 64), (heads * 65, 65, 1), torch.bfloat16)
+    amd.provider("gfx942")
+    arguments = (torch.zeros(tokens, dtype=torch.int32), q, None, torch.zeros(1, 64), False, False)
+    with pytest.raises(RuntimeError, match=r"expected fewer than 2\^32 threads in a launch, got 4294967296"):
+        torch.ops.latentkv_gfx942.rope_.default.redispatch(amd.KEYS, *arguments)
