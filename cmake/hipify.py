@@ -34,15 +34,13 @@ def hipify(source: Path, copy: Path, hipify_python: ModuleType) -> None:
         is_pytorch_extension=True,
         show_progress=False,
     )
-    for file in files:
-        result = Path(done[str(file)].hipified_path or file)
-        if result != file:
-            result.replace(file)
-            renamed = {f'#include "{f.stem}_hip{f.suffix}"': f'#include "{f.name}"' for f in files}
-            text = file.read_text()
-            for theirs, ours in renamed.items():
-                text = text.replace(theirs, ours)
-            file.write_text(text)
+    results = {file: Path(done[str(file)].hipified_path or file) for file in files}
+    for file, result in results.items():
+        text = result.read_text()
+        for ours, theirs in results.items():
+            text = text.replace(f'#include "{theirs.name}"', f'#include "{ours.name}"')
+        result.unlink()
+        file.write_text(text)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from cdna.code_object import CodeObject
+from cdna.machine import ARCHS as ARCHS
 from cdna.machine import dispatch
 from cdna.memory import Memory
 from latentkv import ops
 from latentkv.providers import Provider
 from torch import Tensor
 
-ARCHS = ("gfx942", "gfx950")
 TOOLS = ("llvm-objdump-22", "cc")
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # whose kernels are called, whatever the tensors
 _kept: list[object] = []  # what the loader and the callback must not lose

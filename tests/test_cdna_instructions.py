@@ -30,14 +30,13 @@ from cdna import alu  # noqa: E402
 from cdna import scalar as scalar_unit  # noqa: E402
 from cdna import vector as vector_unit  # noqa: E402
 from cdna.code_object import Kernel  # noqa: E402
-from cdna.machine import State, batches, dispatch, execute, unknown  # noqa: E402
+from cdna.machine import ARCHS, State, batches, dispatch, execute, unknown  # noqa: E402
 from cdna.memory import Memory, MemoryFault, UnknownInstruction  # noqa: E402
 from pseudocode import Value  # noqa: E402
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 Array = np.ndarray[Any, Any]
 ALL = 0xFFFF_FFFF_FFFF_FFFF
-ARCHES = ["gfx942", "gfx950"]
 FP8 = {
     "gfx942": {"fp8": ml_dtypes.float8_e4m3fnuz, "bf8": ml_dtypes.float8_e5m2fnuz},
     "gfx950": {"fp8": ml_dtypes.float8_e4m3fn, "bf8": ml_dtypes.float8_e5m2},
@@ -645,7 +644,7 @@ def lines_of(names: Iterable[str]) -> list[str]:
 
 
 # Every instruction that the emulator knows, and not a list of ours: what it can do is tested.
-KNOWN = {arch: {*vector_unit.operations(arch), *vector_unit._PACKED} for arch in ARCHES}
+KNOWN = {arch: {*vector_unit.operations(arch), *vector_unit._PACKED} for arch in ARCHS}
 
 
 @pytest.mark.parametrize("text", lines_of(KNOWN["gfx942"]))
@@ -786,7 +785,7 @@ def test_sdwa_selects(select: str, unused: str) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("llvm-objdump-22"), reason="no llvm-22")
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_spelling(arch: str, tmp_path: Path) -> None:
     """The lines are those that the assembler takes and the disassembler gives."""
     lines = [*lines_of(KNOWN[arch]), *FORMS, *lines_of(scalar_unit.OPERATIONS), *SCALAR_FORMS]
@@ -979,7 +978,7 @@ def test_no_effect(text: str) -> None:
 
 def test_what_is_not_evaluated() -> None:
     """The emulator knows nothing that the ISA does not, and no text is excepted that could be evaluated."""
-    for arch in ARCHES:
+    for arch in ARCHS:
         assert not (KNOWN[arch] | scalar_unit.OPERATIONS.keys()) - TEXTS.keys() - NOT_EVALUATED.keys()
     for name in NOT_EVALUATED.keys() & TEXTS.keys():
         if "v_" not in name:
@@ -1032,7 +1031,7 @@ def assert_rounds(got: Array, source: Array, dtype: Any) -> None:
     np.testing.assert_array_equal(got[~nan], want.view(got.dtype)[~nan])
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_half_to_float(arch: str) -> None:
     halves = np.arange(1 << 16, dtype=U16)
     got = apply("v_cvt_f32_f16_e32 v0, v4", halves.astype(U32) | U32(0xBEEF0000), arch=arch)
@@ -1041,7 +1040,7 @@ def test_half_to_float(arch: str) -> None:
     np.testing.assert_array_equal(got >> 31, halves >> 15)
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_float_to_half(arch: str) -> None:
     source = decisive(np.float16)
     got = apply("v_cvt_f16_f32_e32 v0, v4", source, arch=arch)
@@ -1065,7 +1064,7 @@ def test_float_to_bfloat() -> None:
 
 @pytest.mark.parametrize("word", [0, 1])
 @pytest.mark.parametrize("name", ["fp8", "bf8"])
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_float_to_byte(arch: str, name: str, word: int) -> None:
     """FNUZ on gfx942, OCP on gfx950; what overflows is NaN or infinity, as nothing sets the mode that saturates."""
     dtype = FP8[arch][name]

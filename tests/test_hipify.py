@@ -23,6 +23,7 @@ SOURCES = sorted(COMMON.glob("*"))
 VENDOR = re.compile(r"\b_*(?:cuda|cublas|cub|nv|nvcc|nvtx|nccl|ptx|hip|hipcub|rocm|amd|amdgcn|gfx)\w*", re.IGNORECASE)
 CONDITION = re.compile(r"^\s*#\s*(?:el)?if.*?(?:__CUDA|__HIP|USE_ROCM|__NVCC|__AMD)", re.MULTILINE)
 PLANTED = """#include <cuda_runtime.h>
+#include "gpu.h"
 __global__ void kernel(int* p) { *p = 1; }
 void run(cudaStream_t stream) {
   int* p = nullptr;
@@ -88,6 +89,7 @@ def test_hipify_leaves_nothing_of_cuda(tmp_path: Path) -> None:
             assert result.read_bytes() == (source / result.name).read_bytes()
     planted = (copy / "planted.cu").read_text()
     assert "hipMallocAsync" in planted and "<<<" not in planted
+    assert '#include "gpu.h"' in planted  # which is the hipified one, under its old name
 
 
 def test_the_script_runs_by_itself(tmp_path: Path) -> None:

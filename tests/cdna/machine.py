@@ -17,7 +17,7 @@ from .memory import Memory
 from .operands import Step
 from .state import LANES, State, pack
 
-__all__ = ["State", "batches", "dispatch", "execute", "unknown"]
+__all__ = ["ARCHS", "State", "batches", "dispatch", "execute", "unknown"]
 
 _WITHOUT_EFFECT = re.compile(r"(s_nop|s_sleep|s_setprio) \d+|s_waitcnt( (vm|lgkm|exp)cnt\(\d+\))+|v_nop(_e32|_e64)?")
 _CONDITIONS: dict[str, Callable[[State], np.ndarray]] = {
