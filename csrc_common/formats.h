@@ -1,5 +1,4 @@
-// Activations and rows: the dtypes that come in, and the formats that a row may have. A format is one struct that turns
-// a chunk of activations into codes, and one line in each of the two tables at the end.
+// Activations and what they are stored as: the dtypes that come in, the codes of elements, the formats of rows.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -20,10 +19,6 @@ struct alignas(bytes) Bits {
 template <int bytes>
 LKV_DEVICE Bits<bytes> load(const void* p) {
   return *static_cast<const Bits<bytes>*>(p);
-}
-template <int bytes>
-LKV_DEVICE void store(void* p, const Bits<bytes>& bits) {
-  *static_cast<Bits<bytes>*>(p) = bits;
 }
 
 // Activation dtypes: their bits to fp32 and back, rounded to nearest even. `pack` and `low`, `high` take two at a time.
@@ -74,73 +69,88 @@ LKV_DEVICE Bits<A::bytes * n> from_floats(const float* x) {
   return chunk;
 }
 
-// 16- and 32-bit rows: a verbatim copy of the activation.
-template <class A>
-struct Verbatim {
-  static constexpr int bytes = A::bytes;
-  template <int n>
-  LKV_DEVICE static Chunk<A, n> encode(const Chunk<A, n>& x, const Quotient&) {
-    return x;
+// How an element is stored: as the activation that it is, or converted to fp8.
+enum class Code : uint8_t { verbatim, e4m3fn, e4m3fnuz, e5m2 };
+
+// Calls f with what a code stands for: Verbatim (which it is where all is copied), a kind that the chip has an
+// instruction for, or AnyFp8.
+struct Verbatim {};
+template <bool copies, class F>
+LKV_DEVICE void with_code(Code code, const F& f) {
+  if constexpr (copies) {
+    f(Verbatim{});
+  } else {
+    if (code == Code::verbatim) return f(Verbatim{});
+    AnyFp8 any;
+    const auto with = [&](auto kind) LKV_INLINE {
+      if constexpr (Fp8Encoder<decltype(kind)>::is_native) {
+        f(kind);
+        return true;
+      } else {
+        any = AnyFp8::of(kind);
+        return false;
+      }
+    };
+    if (code == Code::e4m3fn ? with(E4M3FN{}) : code == Code::e4m3fnuz ? with(E4M3FNUZ{}) : with(E5M2{})) return;
+    if constexpr (!kEncodesInIntegers) f(any);
   }
+}
+
+// x * factor before it becomes an fp8 code, where a Quotient is x / scale.
+struct Factor {
+  float factor;
+  LKV_DEVICE float of(float x) const { return mul_rn(x, factor); }
 };
 
-// fp8 rows: convert(x / scale).
 template <class A, class Kind>
-struct Fp8 {
-  static constexpr int bytes = 1;
-  template <int n>
-  LKV_DEVICE static Bits<n> encode(const Chunk<A, n>& x, const Quotient& scale) {
+constexpr int kCodeBytes = std::is_same_v<Kind, Verbatim> ? A::bytes : 1;
+
+// What n elements are stored as.
+template <class A, int n, class Kind, class Scale>
+LKV_DEVICE Bits<n * kCodeBytes<A, Kind>> encode(const Kind& kind, const Chunk<A, n>& x, const Scale& scale) {
+  if constexpr (std::is_same_v<Kind, Verbatim>) {
+    return x;
+  } else {
+    const auto pair = [&](float low, float high)
+                          LKV_INLINE { return uint32_t{Fp8Encoder<Kind>::encode_pair(kind, low, high)}; };
     float q[n + n % 2] = {};
     to_floats<A, n>(x, q);
     LKV_UNROLL
     for (int i = 0; i < n; ++i) q[i] = scale.of(q[i]);
     Bits<n> codes;
     if constexpr (n == 1) {
-      codes.w[0] = static_cast<uint8_t>(Fp8Encoder<Kind>::encode_pair(q[0], 0.f));
+      codes.w[0] = static_cast<uint8_t>(pair(q[0], 0.f));
     } else {
       LKV_UNROLL
-      for (int i = 0; i < n; i += 4) {
-        codes.w[i / 4] = Fp8Encoder<Kind>::encode_pair(q[i], q[i + 1]) |
-                         uint32_t{Fp8Encoder<Kind>::encode_pair(q[i + 2], q[i + 3])} << 16;
-      }
+      for (int i = 0; i < n; i += 4) codes.w[i / 4] = pair(q[i], q[i + 1]) | pair(q[i + 2], q[i + 3]) << 16;
     }
     return codes;
   }
-};
+}
 
-// What the host knows of a format: its name, torch's own dtype for it, whether uint8 may stand in.
+// What the host knows of a format. A packed one has dimensions of its own, for bf16 activations: the latent vector is
+// e4m3fn in tiles, each of them with a scale, and the rope key stays bf16.
 struct FormatInfo {
   const char* name;
-  ScalarType type;
-  int bytes;
-  bool quantised;
+  ScalarType type;  // torch's own dtype for it; where `bytes_too`, uint8 may stand in
+  Code code;        // of the latent vector
+  bool bytes_too = false;
+  int row_bytes = 0, tile = 0, latent_dim = 0, rope_dim = 0;  // of a packed format
+  bool footed = false;                                        // a block holds its rows, then their scales
+
+  int bytes() const { return code == Code::verbatim ? (type == ScalarType::Float ? 4 : 2) : 1; }
 };
 inline constexpr FormatInfo kFormats[] = {
-    {"bf16", ScalarType::BFloat16, 2, false},
-    {"fp16", ScalarType::Half, 2, false},
-    {"fp32", ScalarType::Float, 4, false},
-    {"fp8_e4m3fn", ScalarType::Float8_e4m3fn, 1, true},
-    {"fp8_e4m3fnuz", ScalarType::Float8_e4m3fnuz, 1, true},
-    {"fp8_e5m2", ScalarType::Float8_e5m2, 1, true},
+    {"bf16", ScalarType::BFloat16, Code::verbatim},
+    {"fp16", ScalarType::Half, Code::verbatim},
+    {"fp32", ScalarType::Float, Code::verbatim},
+    {"fp8_e4m3fn", ScalarType::Float8_e4m3fn, Code::e4m3fn, true},
+    {"fp8_e4m3fnuz", ScalarType::Float8_e4m3fnuz, Code::e4m3fnuz, true},
+    {"fp8_e5m2", ScalarType::Float8_e5m2, Code::e5m2, true},
+    {"fp8_ds_mla", ScalarType::Byte, Code::e4m3fn, false, 656, 128, 512, 64},
+    {"fp8_model1", ScalarType::Byte, Code::e4m3fn, false, 584, 64, 448, 64, true},
 };
-
-// Calls `f.template operator()<A, Format>()` for an activation dtype and a format.
-template <class A, class F>
-void dispatch_format(const FormatInfo* format, const F& f) {
-  if (!format || !format->quantised) return f.template operator()<A, Verbatim<A>>();
-  switch (format->type) {
-    case ScalarType::Float8_e4m3fn: return f.template operator()<A, Fp8<A, E4M3FN>>();
-    case ScalarType::Float8_e4m3fnuz: return f.template operator()<A, Fp8<A, E4M3FNUZ>>();
-    default: return f.template operator()<A, Fp8<A, E5M2>>();
-  }
-}
-template <class F>
-void dispatch(ScalarType activation, const FormatInfo* format, const F& f) {
-  switch (activation) {
-    case ScalarType::BFloat16: return dispatch_format<Bf16>(format, f);
-    case ScalarType::Half: return dispatch_format<Fp16>(format, f);
-    default: return dispatch_format<Fp32>(format, f);
-  }
-}
+// The key of an indexer, which is no latent row.
+inline constexpr FormatInfo kIndexerFormat{"indexer", ScalarType::Byte, Code::e4m3fn, false, 132, 128, 128, 0, true};
 
 }  // namespace latentkv

@@ -7,8 +7,8 @@
 
 namespace latentkv {
 
-// A kind is named by its layout: mantissa bits, exponent bias, the code of its largest finite value, the code of NaN,
-// and whether a negative zero exists. `max` is that largest value.
+// A kind is named by its layout: mantissa bits, exponent bias, the code of NaN, and whether a negative zero exists.
+// `max` is its largest finite value.
 struct E4M3FN {
   static constexpr int mantissa = 3, bias = 7;
   static constexpr uint8_t nan = 0x7F;
@@ -27,6 +27,18 @@ struct E5M2 {
   static constexpr float max = 57344.f;
   static constexpr bool negative_zero = true;
 };
+// Any of them, known when the kernel runs.
+struct AnyFp8 {
+  int mantissa, bias;
+  uint8_t nan;
+  float max;
+  bool negative_zero;
+
+  template <class Kind>
+  LKV_DEVICE static AnyFp8 of(Kind) {
+    return {Kind::mantissa, Kind::bias, Kind::nan, Kind::max, Kind::negative_zero};
+  }
+};
 
 LKV_DEVICE uint32_t float_bits(float x) {
   uint32_t bits;
@@ -41,30 +53,31 @@ LKV_DEVICE float bits_float(uint32_t bits) {
 
 // Clamps to the finite range and rounds to nearest, ties to even; +-inf becomes +-max.
 template <class Kind>
-LKV_DEVICE uint8_t encode_fp8(float x) {
-  constexpr int drop = 23 - Kind::mantissa;                          // mantissa bits to round away
-  constexpr uint32_t min_normal = uint32_t{128 - Kind::bias} << 23;  // the smallest normal of the kind, as fp32 bits
+LKV_DEVICE uint8_t encode_fp8(const Kind& kind, float x) {
+  const int drop = 23 - kind.mantissa;                                       // mantissa bits to round away
+  const uint32_t min_normal = static_cast<uint32_t>(128 - kind.bias) << 23;  // the kind's smallest normal, as fp32 bits
   const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80;
   uint32_t u = bits & 0x7FFFFFFF;
-  if (u > 0x7F800000) return Kind::nan;
-  if (u > float_bits(Kind::max)) u = float_bits(Kind::max);
+  if (u > 0x7F800000) return kind.nan;
+  if (u > float_bits(kind.max)) u = float_bits(kind.max);
   uint32_t code;
   if (u < min_normal) {
     // The sum's last mantissa bit is worth one subnormal step, so the addition does the rounding.
-    constexpr uint32_t step = uint32_t{128 - Kind::bias + drop} << 23;
+    const uint32_t step = static_cast<uint32_t>(128 - kind.bias + drop) << 23;
     code = float_bits(add_rn(bits_float(u), bits_float(step))) - step;
   } else {
     u += (uint32_t{1} << (drop - 1)) - 1 + (u >> drop & 1);
-    code = (u >> drop) - (uint32_t{127 - Kind::bias} << Kind::mantissa);
+    code = (u >> drop) - (static_cast<uint32_t>(127 - kind.bias) << kind.mantissa);
   }
-  return static_cast<uint8_t>(code | (Kind::negative_zero || code ? sign : 0));
+  return static_cast<uint8_t>(code | (kind.negative_zero || code ? sign : 0));
 }
 
-// Two values, the first in the low byte.
+// Two values, the first in the low byte. Kinds that the chip has no instruction for share one piece of code, AnyFp8.
 template <class Kind>
 struct Fp8Encoder {
-  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
-    return static_cast<uint16_t>(encode_fp8<Kind>(low) | encode_fp8<Kind>(high) << 8);
+  static constexpr bool is_native = kEncodesInIntegers;
+  LKV_DEVICE static uint16_t encode_pair(const Kind& kind, float low, float high) {
+    return static_cast<uint16_t>(encode_fp8(kind, low) | encode_fp8(kind, high) << 8);
   }
 };
 
@@ -75,11 +88,12 @@ struct Fp8Encoder {
 // leaves the normal range for any quotient that fp8 tells from zero and from its maximum.
 class Quotient {
  public:
+  Quotient() = default;
   LKV_DEVICE explicit Quotient(float scale) : sign_(float_bits(scale) & 0x80000000) {
     const float s = bits_float(float_bits(scale) & 0x7FFFFFFF);
     shift_ = s < 0x1p-60f ? 0x1p96f : s > 0x1p60f ? 0x1p-64f : 1.f;
     scale_ = kDividesByReciprocal ? mul_rn(s, shift_) : scale;
-    reciprocal_ = kDividesByReciprocal ? div_rn(1.f, scale_) : 0.f;
+    reciprocal_ = kDividesByReciprocal ? rcp_rn(scale_) : 0.f;
     limit_ = mul_rn(scale_, 0x1p17f);
     regular_ = s > 0.f && s <= 0x1.fffffep127f;
   }

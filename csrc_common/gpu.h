@@ -19,6 +19,27 @@ constexpr const char* kDeviceType = "cuda";
 constexpr int kMaxLog2Lanes = 5;  // of a group
 constexpr int kBlock = 128;       // threads of a block
 
+// Over the lanes of a group, the far halves first: every lane gets the same sum, as an addition does not care which of
+// its two lanes asks. Lanes that work on nothing must take part too.
+template <int step = 1 << (kMaxLog2Lanes - 1)>
+LKV_DEVICE float group_sum(float x, const Group& group) {
+  if constexpr (step == 0) {
+    return x;
+  } else {
+    if (step < group.lanes) x = add_rn(x, bits_float(shuffle_xor<step>(float_bits(x))));
+    return group_sum<step / 2>(x, group);
+  }
+}
+// The greatest value of so many neighbouring lanes.
+template <int lanes>
+LKV_DEVICE uint32_t group_max(uint32_t x) {
+  if constexpr (lanes == 1) {
+    return x;
+  } else {
+    return group_max<lanes / 2>(max(x, shuffle_xor<lanes / 2>(x)));
+  }
+}
+
 inline void gpu_check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("latentkv: ") + cudaGetErrorString(error));
 }

@@ -1,8 +1,9 @@
-// What a launch of the cache-update kernel needs to know. Strides count elements of the tensor they belong to; cache
-// strides count bytes, because a row may mix element types.
+// What a launch of the cache-update kernel needs to know.
 #pragma once
 
 #include <cstdint>
+
+#include "formats.h"
 
 namespace latentkv {
 
@@ -39,7 +40,7 @@ struct Indices {
   }
 };
 
-// Query heads or key heads: [tokens, count, rope_dim]. A token's take `groups` lane groups of up to `group_heads` each.
+// Heads of queries or keys, [tokens, count, dim]. A token's take `groups` lane groups of up to `group_heads` each.
 struct HeadPart {
   char* data = nullptr;
   int64_t token_stride = 0, head_stride = 0;
@@ -47,10 +48,35 @@ struct HeadPart {
   Divisor groups;
 };
 
-// One part (latent or rope) of every cache row.
+// One part (latent, rope or scales) of every cache row.
 struct RowPart {
   char* data = nullptr;
   int64_t block_stride = 0, entry_stride = 0;
+};
+
+// Where rows go, and how their elements are stored.
+struct Rows {
+  Divisor block_size;
+  Code code = Code::verbatim, rope_code = Code::verbatim;
+  uint8_t tile = 0;              // elements of a tile: 128 (fp8_ds_mla), 64 (fp8_model1), or 0 where nothing is packed
+  const float* scale = nullptr;  // one element, or null for 1
+  RowPart rope, latent, scales;  // scales: of tiles, where a format is packed
+
+  LKV_DEVICE char* at(const RowPart& part, uint32_t slot) const {
+    const uint32_t block = block_size.divide(slot), entry = slot - block * block_size.d;
+    return part.data + block * part.block_stride + entry * part.entry_stride;
+  }
+};
+
+// The cos/sin table: [max_position, 2 half_dim], cos half | sin half.
+struct Table {
+  int half_dim = 0;
+  // A lane takes n angles in two runs of n/2: from c >> angle_shift on, and angle_step further.
+  int angle_shift = 0, angle_step = 0;
+  bool is_neox = false, inverse = false;
+  bool is_bf16 = false;  // where its angles have 16 bits
+  const char* data = nullptr;
+  int64_t stride = 0, max_position = 0;
 };
 
 // All strides count bytes. What the query heads need comes first: constants arrive by the cache line.
@@ -58,25 +84,39 @@ struct Params {
   HeadPart query;
   Indices slots;          // [tokens]; where there is no cache, anything that may be read
   Indices positions;      // [tokens]; where nothing is rotated, likewise
-  int half_dim = 0;       // R/2
+  uint32_t tokens = 0;    // T
   uint32_t capacity = 0;  // slots 0 .. capacity-1 exist
-  bool writes = false, rotates = false, rope_masked = false, is_neox = false, inverse = false;
-  bool table_is_bf16 = false;  // where its angles have 16 bits
-
-  const char* table = nullptr;  // [max_position, rope_dim]: cos half | sin half
-  int64_t table_stride = 0, max_position = 0;
-  // A lane takes n angles in two runs of n/2: from c >> angle_shift on, and angle_step further.
-  int angle_shift = 0, angle_step = 0;
-
+  bool writes = false, rotates = false, rope_masked = false;
+  Table table;
   HeadPart key;
-  RowPart rope, latent;
-  Divisor block_size;
-  const float* scale = nullptr;  // one element, or null for 1
-
+  Rows rows;
   const char* kv_c = nullptr;  // [tokens, latent_dim]
   int64_t kv_c_stride = 0;
   int latent_dim = 0;
-  uint32_t tokens = 0;
+  bool halves = false;  // a latent vector has two groups
+};
+
+// RMSNorm of the latent vectors.
+struct Norm {
+  const char* weight = nullptr;    // [dim] of the activation dtype or fp32; null: no RMSNorm
+  bool weight_is_wide = false;     // fp32 for 16-bit activations
+  float dim = 0, inverse_dim = 0;  // inverse_dim: where that is exact, else 0
+  float eps = 0;
+};
+
+// What the decode prologue adds: where the query goes, and RMSNorm.
+struct PrologueParams : Params {
+  Code query_code = Code::verbatim;
+  const float* query_scale = nullptr;  // one element, or null for 1
+  char* rope_out = nullptr;            // [N, query.count, 2 half_dim]
+  int64_t rope_token_stride = 0, rope_head_stride = 0;
+  HeadPart nope;                    // [N, count, latent_dim]: where the query's latent part goes
+  const char* nope_from = nullptr;  // where it comes from; null: it is there
+  int64_t nope_from_token_stride = 0, nope_from_head_stride = 0;
+
+  Norm norm;
+  char* kv_c_out = nullptr;  // [tokens, latent_dim], or null
+  int64_t kv_c_out_stride = 0;
 };
 
 }  // namespace latentkv

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #define LKV_DEVICE inline __attribute__((always_inline))
+#define LKV_INLINE __attribute__((always_inline))  // of a lambda
 #define LKV_UNROLL
 #define LKV_DISPATCH_KEY "CPU"
 
@@ -32,8 +33,14 @@ LKV_DEVICE float sub_rn(float a, float b) {
 LKV_DEVICE float div_rn(float a, float b) {
   return a / b;
 }
+LKV_DEVICE float rcp_rn(float a) {
+  return 1.f / a;
+}
 LKV_DEVICE float fma_rn(float a, float b, float c) {
   return std::fma(a, b, c);
+}
+LKV_DEVICE float sqrt_rn(float a) {
+  return std::sqrt(a);
 }
 // Without a branch, so that the compiler can take several at once.
 LKV_DEVICE uint32_t round_bf16(float x) {
@@ -52,6 +59,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
   return c10::Half(bits, c10::Half::from_bits());
 }
 constexpr bool kDividesByReciprocal = false;  // one division is cheaper than five emulated FMAs
+constexpr bool kEncodesInIntegers = true;
 
 }  // namespace latentkv
 
@@ -81,6 +89,19 @@ class HostView {
 
 LKV_DEVICE void wait_for_producer() {}
 
+// Over the lanes of a group, of which there is one.
+LKV_DEVICE float group_sum(float x, const Group&) {
+  return x;
+}
+template <int lanes>
+LKV_DEVICE uint32_t group_max(uint32_t x) {
+  return x;
+}
+
+template <class Bits>
+LKV_DEVICE void store(void* p, const Bits& bits) {
+  *static_cast<Bits*>(p) = bits;
+}
 template <class Bits>
 LKV_DEVICE void store_row(void* p, const Bits& bits) {
   *static_cast<Bits*>(p) = bits;

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #define LKV_DEVICE __device__ __forceinline__
+#define LKV_INLINE  // of a lambda: nvcc inlines them all
 #define LKV_UNROLL _Pragma("unroll")
 #define LKV_GRID_CONSTANT __grid_constant__
 
@@ -29,8 +30,14 @@ LKV_DEVICE float sub_rn(float a, float b) {
 LKV_DEVICE float div_rn(float a, float b) {
   return __fdiv_rn(a, b);
 }
+LKV_DEVICE float rcp_rn(float a) {
+  return __frcp_rn(a);
+}
 LKV_DEVICE float fma_rn(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
+}
+LKV_DEVICE float sqrt_rn(float a) {
+  return __fsqrt_rn(a);
 }
 LKV_DEVICE uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -44,6 +51,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
 constexpr bool kDividesByReciprocal = true;
+constexpr bool kEncodesInIntegers = false;
 
 }  // namespace latentkv
 
@@ -55,13 +63,15 @@ namespace latentkv {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
 template <>
 struct Fp8Encoder<E4M3FN> {
-  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+  static constexpr bool is_native = true;
+  LKV_DEVICE static uint16_t encode_pair(E4M3FN, float low, float high) {
     return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
   }
 };
 template <>
 struct Fp8Encoder<E5M2> {
-  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+  static constexpr bool is_native = true;
+  LKV_DEVICE static uint16_t encode_pair(E5M2, float low, float high) {
     return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E5M2);
   }
 };
@@ -69,6 +79,12 @@ struct Fp8Encoder<E5M2> {
 
 constexpr int kMaxGroupHeads = 2;      // heads that a group may turn, one after the other
 constexpr bool kSharedKeyCode = true;  // by both rope styles: less code, which a batch of one token waits for
+
+// The value of the lane whose number differs in the bit `step`. Every lane of the warp that has not left takes part.
+template <int step>
+LKV_DEVICE uint32_t shuffle_xor(uint32_t x) {
+  return __shfl_xor_sync(~0u, x, step);
+}
 
 // Programmatic dependent launch (sm_90 and later): a grid may start while the one before it drains. Every kernel calls
 // this before it touches memory that others share. The next grid is let go right away: it waits in its turn.
@@ -79,6 +95,10 @@ LKV_DEVICE void wait_for_producer() {
 #endif
 }
 
+template <class Bits>
+LKV_DEVICE void store(void* p, const Bits& bits) {
+  *static_cast<Bits*>(p) = bits;
+}
 // Cache rows: written here, read by another kernel.
 template <class Bits>
 LKV_DEVICE void store_row(void* p, const Bits& bits) {

@@ -10,6 +10,7 @@
 #include <string>
 
 #define LKV_DEVICE __device__ __forceinline__
+#define LKV_INLINE __attribute__((always_inline))  // of a lambda
 #define LKV_UNROLL _Pragma("unroll")
 #define LKV_GRID_CONSTANT
 
@@ -28,18 +29,26 @@ LKV_DEVICE float sub_rn(float a, float b) {
 LKV_DEVICE float fma_rn(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 }
+LKV_DEVICE float sqrt_rn(float a) {
+  return __builtin_sqrtf(a);
+}
 // The compiler's sequence is correctly rounded unless b's mantissa is all ones: there the error of v_rcp_f32 may leave
 // the quotient an ulp too small, next to the midpoint. Of the two that one is right which leaves the smaller remainder.
 LKV_DEVICE float div_rn(float a, float b) {
   const float q = a / b, next = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, q) + 1);
   return __builtin_fabsf(fma_rn(-next, b, a)) < __builtin_fabsf(fma_rn(-q, b, a)) ? next : q;
 }
+LKV_DEVICE float rcp_rn(float a) {
+  return div_rn(1.f, a);
+}
 // One instruction on gfx950, integer arithmetic elsewhere.
 LKV_DEVICE uint32_t pack_bf16(float low, float high) {
   using Pair = __bf16 __attribute__((ext_vector_type(2)));
   return __builtin_bit_cast(uint32_t, Pair{static_cast<__bf16>(low), static_cast<__bf16>(high)});
 }
+// Kept apart from the product before it: one instruction for both adds a zero, which changes the sign of -0.
 LKV_DEVICE uint32_t pack_fp16(float low, float high) {
+  asm("" : "+v"(low), "+v"(high));
   using Pair = _Float16 __attribute__((ext_vector_type(2)));
   return __builtin_bit_cast(uint32_t, Pair{static_cast<_Float16>(low), static_cast<_Float16>(high)});
 }
@@ -47,6 +56,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
   return __builtin_bit_cast(_Float16, bits);
 }
 constexpr bool kDividesByReciprocal = true;
+constexpr bool kEncodesInIntegers = false;
 
 }  // namespace latentkv
 
@@ -71,7 +81,8 @@ LKV_DEVICE uint16_t with_nan(int codes, float low, float high) {
 #ifdef __gfx942__
 template <>
 struct Fp8Encoder<E4M3FNUZ> {
-  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+  static constexpr bool is_native = true;
+  LKV_DEVICE static uint16_t encode_pair(E4M3FNUZ, float low, float high) {
     return with_nan<E4M3FNUZ>(
         __builtin_amdgcn_cvt_pk_fp8_f32(clamp_fp8<E4M3FNUZ>(low), clamp_fp8<E4M3FNUZ>(high), 0, false), low, high);
   }
@@ -80,14 +91,16 @@ struct Fp8Encoder<E4M3FNUZ> {
 #ifdef __gfx950__
 template <>
 struct Fp8Encoder<E4M3FN> {
-  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+  static constexpr bool is_native = true;
+  LKV_DEVICE static uint16_t encode_pair(E4M3FN, float low, float high) {
     return with_nan<E4M3FN>(__builtin_amdgcn_cvt_pk_fp8_f32(clamp_fp8<E4M3FN>(low), clamp_fp8<E4M3FN>(high), 0, false),
                             low, high);
   }
 };
 template <>
 struct Fp8Encoder<E5M2> {
-  LKV_DEVICE static uint16_t encode_pair(float low, float high) {
+  static constexpr bool is_native = true;
+  LKV_DEVICE static uint16_t encode_pair(E5M2, float low, float high) {
     return with_nan<E5M2>(__builtin_amdgcn_cvt_pk_bf8_f32(clamp_fp8<E5M2>(low), clamp_fp8<E5M2>(high), 0, false), low,
                           high);
   }
@@ -99,15 +112,26 @@ struct Fp8Encoder<E5M2> {
 constexpr int kMaxGroupHeads = 1;
 constexpr bool kSharedKeyCode = false;  // by both rope styles: it would take more registers
 
+// The value of the lane whose number differs in the bit `step`: within any 32 lanes, whatever the width of a wave.
+template <int step>
+LKV_DEVICE uint32_t shuffle_xor(uint32_t x) {
+  return static_cast<uint32_t>(__builtin_amdgcn_ds_swizzle(static_cast<int>(x), step << 10 | 0x1F));
+}
+
 // A grid starts when the one before it has ended.
 LKV_DEVICE void wait_for_producer() {}
 
+// Bits as one vector: words on their own may be stored apart, where two branches store some of them alike.
+template <class Bits>
+using Vector = typename Bits::Word __attribute__((ext_vector_type(sizeof(Bits) / sizeof(typename Bits::Word))));
+template <class Bits>
+LKV_DEVICE void store(void* p, const Bits& bits) {
+  *static_cast<Vector<Bits>*>(p) = __builtin_bit_cast(Vector<Bits>, bits);
+}
 // Cache rows: written here, read by another kernel, so they need not displace what this one still reads.
 template <class Bits>
 LKV_DEVICE void store_row(void* p, const Bits& bits) {
-  using Word = typename Bits::Word;
-  using Vector = Word __attribute__((ext_vector_type(sizeof(Bits) / sizeof(Word))));
-  __builtin_nontemporal_store(__builtin_bit_cast(Vector, bits), static_cast<Vector*>(p));
+  __builtin_nontemporal_store(__builtin_bit_cast(Vector<Bits>, bits), static_cast<Vector<Bits>*>(p));
 }
 
 }  // namespace latentkv

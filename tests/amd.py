@@ -12,6 +12,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import re
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cdna.code_object import CodeObject
+from cdna.code_object import CodeObject, Kernel
 from cdna.machine import ARCHS as ARCHS
 from cdna.machine import dispatch
 from cdna.memory import Memory
@@ -71,18 +72,20 @@ def code_objects(bundle: bytes) -> dict[str, bytes]:
     return {arch: bundle[offset : offset + size] for arch, (offset, size) in entries(bundle).items()}
 
 
-def embedded_bundle(path: Path) -> bytes:
-    """The offload bundle inside a library file."""
+def embedded_bundles(path: Path) -> list[bytes]:
+    """The offload bundles inside a library file, one for each source file with kernels in it."""
     data = path.read_bytes()
-    return data[data.index(b"__CLANG_OFFLOAD_BUNDLE__") :]
+    starts = [match.start() for match in re.finditer(b"__CLANG_OFFLOAD_BUNDLE__", data)]
+    return [data[start:end] for start, end in itertools.pairwise([*starts, len(data)])]
 
 
 @functools.cache
-def shipped(arch: str) -> CodeObject:
-    """The machine code of `_hip` for an architecture."""
+def shipped(arch: str) -> dict[str, Kernel]:
+    """The machine code of `_hip` for an architecture: its kernels by name."""
     path = library()
     assert path is not None
-    return CodeObject(code_objects(embedded_bundle(path))[arch], arch)
+    objects = [CodeObject(code_objects(bundle)[arch], arch) for bundle in embedded_bundles(path)]
+    return {name: kernel for code in objects for name, kernel in code.kernels.items()}
 
 
 def build_runtime(folder: Path) -> list[Path]:
@@ -149,9 +152,15 @@ def _ranges(t: Tensor) -> Iterator[tuple[int, int]]:
         return
     t = t if t.dim() else t[None]
     size, item = t.shape[-1] * t.element_size(), t.element_size()
+    if t.dim() > 1 and t.stride(-2) == t.shape[-1]:  # entries without gaps, which may be shared out otherwise
+        t, size = t.select(-2, 0), t.shape[-2] * size
     steps = [[i * stride * item for i in range(n)] for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)]
     for offsets in itertools.product(*steps):
         yield t.data_ptr() + sum(offsets), size
+
+
+# Arguments with a row for every token, of which padding is neither read nor written.
+_PER_TOKEN = ("positions", "q_nope", "q_pe", "k_pe", "kv_c", "k", "kv_c_out")
 
 
 def _allowed(overload: Any, args: tuple[Any, ...]) -> Memory:
@@ -160,13 +169,12 @@ def _allowed(overload: Any, args: tuple[Any, ...]) -> Memory:
     tokens = named["slot_mapping"].shape[0] if "slot_mapping" in named else None
     readable, writable = [], []
     for argument in overload._schema.arguments:
-        t = named.get(argument.name)
-        if not isinstance(t, Tensor):
-            continue
-        if argument.name in ("positions", "q_pe", "k_pe", "kv_c"):
-            t = t[:tokens]
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        (writable if written else readable).extend(_ranges(t))
+        value = named.get(argument.name)
+        for t in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(t, Tensor):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                ranges = _ranges(t[:tokens] if argument.name in _PER_TOKEN else t)
+                (writable if written else readable).extend(ranges)
     return Memory(readable, writable)
 
 

@@ -1,6 +1,6 @@
 """What the machine code of `_hip` says of itself: per kernel what it is, its registers and its memory accesses.
 
-    PYTHONPATH=tests python tests/machine_code.py      # writes the tables of docs/amd.md
+    PYTHONPATH=python:tests python tests/machine_code.py      # writes the tables of docs/amd.md
 
 The tests hold every kernel to limits, and the tables to what this script would write.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,14 +24,20 @@ from latentkv.testing.matrix import ACTIVATIONS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "amd.md"
 ARCHS = ("gfx90a", *amd.ARCHS)
+FAMILIES = ("update", "prologue", "grouped", "indexer")
 
 # HBM bandwidth from AMD's data sheets, bytes a second.
 CHIPS = {"gfx942": ("MI300X", 5.3e12), "gfx950": ("MI355X", 8.0e12)}
 
 _NAME = re.compile(
-    r"CacheUpdateINS_\d(Bf16|Fp16|Fp32)ENS_(?:8Verbatim|3Fp8IS\d_NS_\d)(E\dM\d(?:FN(?:UZ)?)?)?.*?ELi(\d)ELi(\d)E"
+    r"run_lane_groupsINS_\d+(CacheUpdate|GroupedWrite|IndexerWrite)INS_\d(Bf16|Fp16|Fp32)E((?:L[ib]\d+E)+)"
 )
 _BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+NATIVE_KINDS = {  # fp8 kinds that a chip has an instruction for
+    "gfx90a": {},
+    "gfx942": {"e4m3fnuz": "v_cvt_pk_fp8_f32"},
+    "gfx950": {"e4m3fn": "v_cvt_pk_fp8_f32", "e5m2": "v_cvt_pk_bf8_f32"},
+}
 
 
 @dataclass(frozen=True)
@@ -39,21 +45,28 @@ class Variant:
     """A kernel and its template arguments.
 
     Attributes:
+        family: update (the ops in place), prologue, grouped or indexer.
         activation: a key of ACTIVATIONS.
-        format: of the rows.
         n: elements of a chunk: 16 bytes of them (the vector path), or 1.
-        angle_bytes: of an entry of the cos/sin table.
+        angle_bytes: of an entry of the cos/sin table; 0 where nothing is rotated.
+        copies: whether it only stores things as they are. Others hold the encoders of all codes.
     """
 
     kernel: Kernel
+    family: str
     activation: str
-    format: str
     n: int
     angle_bytes: int
+    copies: bool
 
     def __str__(self) -> str:
-        path = "vector" if self.n > 1 else "scalar"
-        return f"{self.kernel.arch}-{self.activation}-{self.format}-{path}-angles{8 * self.angle_bytes}"
+        parts = [self.kernel.arch, self.family, self.activation, self.path]
+        return "-".join(parts + [f"angles{8 * self.angle_bytes}"] * bool(self.angle_bytes))
+
+    @property
+    def path(self) -> str:
+        """copies, vector, or scalar; copies is vector too."""
+        return "copies" if self.copies else "vector" if self.n > 1 else "scalar"
 
     @cached_property
     def mnemonics(self) -> Counter[str]:
@@ -67,16 +80,35 @@ class Variant:
             if match := re.fullmatch(r"global_(load|store)_(\w+?)(?:_d16)?(?:_hi)?", i.mnemonic):
                 yield match[1], _BYTES[match[2]], not {"nt", "slc"}.isdisjoint(i.text.split())  # gfx90a: slc
 
+    @property
+    def waves(self) -> int:
+        """How many fit on a SIMD: per lane it has 512 VGPRs, AGPRs among them, dealt out by eights, and 800 SGPRs."""
+        vgprs = -(-(self.kernel.vgprs + self.kernel.agprs) // 8) * 8
+        return min(8 if self.kernel.sgprs <= 100 else 7, 512 // max(vgprs, 1))
+
+    @property
+    def native(self) -> dict[str, str]:
+        """Kinds that it encodes by the chip's own instruction. The indexer's keys are e4m3fn."""
+        kinds = {} if self.copies else NATIVE_KINDS[self.kernel.arch]
+        return {k: name for k, name in kinds.items() if self.family != "indexer" or k == "e4m3fn"}
+
+    @property
+    def stores_tiles(self) -> bool:
+        """Whether it can write the packed formats, which take bf16."""
+        return self.family != "indexer" and self.activation == "bf16" and not self.copies
+
 
 def variants(arch: str) -> list[Variant]:
     """Every kernel of the library for an architecture."""
     found = []
-    for name, kernel in amd.shipped(arch).kernels.items():
+    for name, kernel in amd.shipped(arch).items():
         match = _NAME.search(name)
         assert match, f"{name}: no kernel that this script knows"
-        activation, kind, n, angle_bytes = match.groups()
-        format = f"fp8_{kind.lower()}" if kind else activation.lower()
-        found.append(Variant(kernel, activation.lower(), format, int(n), int(angle_bytes)))
+        n, *rest = (int(x) for x in re.findall(r"L[ib](\d+)E", match[3]))
+        angle_bytes, copies, is_prologue = (*rest, *(0, 0, 0)[len(rest) :])
+        update = "prologue" if is_prologue else "update"
+        family = {"GroupedWrite": "grouped", "IndexerWrite": "indexer"}.get(match[1], update)
+        found.append(Variant(kernel, family, match[2].lower(), n, angle_bytes, bool(copies)))
     return found
 
 
@@ -95,17 +127,24 @@ class Run:
     needed: float
 
 
-def run(arch: str, format: str, tokens: int = 8, heads: int = 16) -> Run:
-    """bf16 activations and table, L = 512, R = 64, blocks of 64, int64 positions and slots."""
-    layout = CacheLayout(512, 64, 64, format)
-    problem = Problem(
-        Case("rope_write_cache_", layout, table="bf16", strides="sliced", tokens=tokens, heads=heads), "cpu"
-    )
-    chip = amd.runtime()
+def run(op: str, arch: str, format: str, tokens: int = 8, heads: int = 16) -> Run:
+    """bf16 activations and table, L = 512, R = 64, blocks of 64, int64 positions and slots.
+
+    decode_prologue normalises by a bf16 weight, and its query is of the cache's format.
+    """
+    case = Case(op, CacheLayout(512, 64, 64, format), table="bf16", strides="sliced", tokens=tokens, heads=heads)
+    element = ACTIVATIONS["bf16"].itemsize
+    stored = FORMATS[format].dtype.itemsize
+    query = 2 * 64 * element  # of a head: read, written
+    if op == "decode_prologue":
+        case = replace(case, query=format if FORMATS[format].quantised else None, norm="bf16")
+        query = (512 + 64) * (element + stored)
+    row = 656 if format == "fp8_ds_mla" else (512 + 64) * stored
+    key = (1 if op == "decode_prologue" else 2) * 64 * element
+    problem, chip = Problem(case, "cpu"), amd.runtime()
     problem.run(amd.provider(arch))
-    memory, element = chip.memory, ACTIVATIONS["bf16"].itemsize
-    activations = (2 * heads * 64 + 2 * 64 + 512) * element
-    needed = activations + 64 * element + 2 * 8 + (512 + 64) * FORMATS[format].dtype.itemsize
+    memory = chip.memory
+    needed = heads * query + key + 512 * element + 64 * element + 2 * 8 + row
     return Run(chip.executed / tokens, (memory.bytes_read + memory.bytes_written) / tokens, needed)
 
 
@@ -119,24 +158,22 @@ def compiler() -> str:
 
 
 def kernel_table() -> str:
-    """Registers and instructions of the kernels for bf16 activations and a bf16 table."""
+    """Registers and instructions of the vector kernels for bf16 activations and a bf16 table."""
     lines = [
         f"Compiled by {compiler()}.",
         "",
-        "| chip | row format | path | VGPRs | SGPRs | instructions | VALU | loads, stores | fp8 conversion |",
+        "| chip | kernel | VGPRs | SGPRs | waves | instructions | VALU | loads, stores | fp8 by the chip |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arch in ARCHS:
-        for v in variants(arch):
-            if (v.activation, v.angle_bytes) != ("bf16", 2):
-                continue
+        rows = [v for v in variants(arch) if v.activation == "bf16" and v.n > 1 and v.angle_bytes != 4]
+        for v in sorted(rows, key=lambda v: (FAMILIES.index(v.family), not v.copies)):
             moves = Counter(kind for kind, _, _ in v.accesses)
             valu = sum(count for name, count in v.mnemonics.items() if name.startswith("v_"))
-            hardware = sum(v.mnemonics[m] for m in ("v_cvt_pk_fp8_f32", "v_cvt_pk_bf8_f32"))
-            conversion = "" if not FORMATS[v.format].quantised else "hardware" if hardware else "integer"
             lines.append(
-                f"| {arch} | {v.format} | {'vector' if v.n > 1 else 'scalar'} | {v.kernel.vgprs} | {v.kernel.sgprs} |"
-                f" {len(v.kernel.instructions)} | {valu} | {moves['load']}, {moves['store']} | {conversion} |"
+                f"| {arch} | {v.family}{', copies' if v.copies else ''} | {v.kernel.vgprs} | {v.kernel.sgprs} |"
+                f" {v.waves} | {len(v.kernel.instructions)} | {valu} | {moves['load']}, {moves['store']} |"
+                f" {', '.join(v.native)} |"
             )
     return "\n".join(lines)
 
@@ -144,18 +181,19 @@ def kernel_table() -> str:
 def traffic_table() -> str:
     """Bytes and instructions per token as emulated, and what bandwidth alone would allow."""
     lines = [
-        "| chip | row format | heads | wave instructions a token | bytes a token: asked for, needed |"
+        "| chip | op | format | heads | wave instructions a token | bytes a token: asked for, needed |"
         " *estimate* at T = 8192, by bandwidth alone |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arch, (chip, bandwidth) in CHIPS.items():
         fp8 = "fp8_e4m3fnuz" if arch == "gfx942" else "fp8_e4m3fn"
-        for format in ("bf16", fp8):
+        updates = [("rope_write_cache_", format) for format in ("bf16", fp8, "fp8_ds_mla")]
+        for op, format in (*updates, ("decode_prologue", "bf16"), ("decode_prologue", fp8)):
             for heads in (16, 128):
-                r = run(arch, format, heads=heads)
+                r = run(op, arch, format, heads=heads)
                 estimate = 8192 * r.needed / bandwidth * 1e6
                 lines.append(
-                    f"| {chip} ({arch}) | {format} | {heads} | {r.instructions:.0f} |"
+                    f"| {chip} ({arch}) | {op} | {format} | {heads} | {r.instructions:.0f} |"
                     f" {r.requested:.0f}, {r.needed:.0f} | {estimate:.1f} us |"
                 )
     return "\n".join(lines)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from latentkv import Platform, providers
-from latentkv.bench import read_csv, timing
+from latentkv.bench import QUERYLESS, VARIANTS, read_csv, timing
 from latentkv.cli import app
+from latentkv.ops import OP_NAMES
 from typer.testing import CliRunner
 
 PNG = b"\x89PNG"
@@ -149,28 +150,45 @@ def test_verify_finds_wrong_bytes_and_failures(monkeypatch: pytest.MonkeyPatch) 
 BENCH = ("bench", "--device", "cpu", "--heads", "2", "--tokens", "1,3")
 
 
-@pytest.mark.parametrize("op", ["rope_", "write_cache_", "rope_write_cache_"])
+@pytest.mark.parametrize("op", OP_NAMES)
 def test_bench(op: str, tmp_path: Path) -> None:
     csv, plot, again = tmp_path / "x.csv", tmp_path / "x.png", tmp_path / "again.png"
     code, out = run(*BENCH, "--op", op, "--compile", "--csv", csv, "--plot", plot)
     assert code == 0, out
     assert "vllm: not compared: its ops run on GPUs only" in out
+    assert "flashinfer: not compared: its ops run on GPUs only" in out
     assert "speed-up over reference" in out
+    assert "times faster: at least, and in the mean" in out
     assert "empty kernels" not in out
     rows, facts = read_csv(csv)
-    contenders = ["latentkv", "reference", "torch.compile"]
-    if op == "rope_write_cache_":
-        contenders = ["latentkv fused", "latentkv pair", "reference", "torch.compile"]
-    formats = ["bf16"] if op == "rope_" else ["bf16", Platform("cpu").fp8_format]
-    assert [(r.format, r.tokens, r.contender) for r in rows] == [
-        (f, t, c) for f in formats for t in (1, 3) for c in contenders
+    contenders = {
+        "rope_write_cache_": ["latentkv fused", "latentkv pair"],
+        "write_cache_grouped_": ["latentkv", "latentkv by layer"],
+    }.get(op, ["latentkv"])
+    fp8 = Platform("cpu").fp8_format
+    formats = {"rope_": ["bf16"], "rope_write_cache_": ["bf16", fp8], "write_indexer_cache_": ["indexer"]}
+    assert [(r.format, r.variant, r.tokens, r.contender) for r in rows] == [
+        (f, v, t, c)
+        for f in formats.get(op, ["bf16", fp8, "fp8_ds_mla"])
+        for v in VARIANTS.get(op, ("",))
+        for t in (1, 3)
+        for c in [*contenders, "reference", "torch.compile"]
     ]
+    assert {r.heads for r in rows} == {0 if op in QUERYLESS else 2}
     assert facts["latentkv"].endswith(providers.served_by["cpu"])
     code, out = run("bench", "--from", csv, "--plot", again)
     assert code == 0
     assert "speed-up over reference" in out
     for path in (plot, again):
         assert path.read_bytes().startswith(PNG)
+
+
+def test_bench_of_packed_rows(tmp_path: Path) -> None:
+    csv = tmp_path / "x.csv"
+    code, out = run(*BENCH, "--model", "deepseek-v4", "--formats", "fp8_model1", "--csv", csv)
+    assert code == 0, out
+    assert "deepseek-v4, 2 heads, fp8_model1" in out
+    assert {r.format for r in read_csv(csv)[0]} == {"fp8_model1"}
 
 
 def test_bench_exits_with_1_for_wrong_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -210,7 +228,10 @@ def test_bench_exits_with_1_for_wrong_bytes(monkeypatch: pytest.MonkeyPatch, tmp
         (("bench", "--heads", "0"), "--heads", "got '0'"),
         (("bench", "--csv", "x.json"), "--csv", "ending in .csv, got x.json"),
         (("bench", "--csv", "no/folder/x.csv"), "--csv", "a writable folder"),
+        (("bench", "--formats", "fp8_model1"), "--formats", "expected (448, 64) for format fp8_model1"),
         (("bench", "--device", "cpu", "--peer", "vllm"), "--peer", "got none: its ops run on GPUs only"),
+        (("bench", "--device", "cpu", "--peer", "flashinfer"), "--peer", "expected flashinfer's ops, got none"),
+        (("bench", "--peer", "vllm,sglang"), "--peer", "expected vllm or flashinfer, got 'sglang'"),
         (
             ("bench", "--device", "cpu", "--vllm-library", __file__),
             "--vllm-library",

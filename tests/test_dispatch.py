@@ -414,8 +414,9 @@ def test_fp8_is_resolved_for_the_platform_asked_about(monkeypatch: pytest.Monkey
                 "FLASHMLA": "format: expected bf16, fp16 or fp8_e4m3fn, got fp8_e4m3fnuz",
                 "FLASHINFER_PAGED_MLA": "format: expected bf16, fp16 or fp8_e4m3fn, got fp8_e4m3fnuz",
                 "TRITON_MLA": "format: expected bf16, fp16 or fp8_e4m3fn, got fp8_e4m3fnuz",
-                "FLASHMLA_SPARSE": "sparse: expected True, got False; format: expected fp8_ds_mla, got "
-                "fp8_e4m3fnuz (this version of latentkv cannot write fp8_ds_mla)",
+                "FLASHMLA_SPARSE": "sparse: expected True, got False; format: expected fp8_ds_mla, got fp8_e4m3fnuz",
+                "V4_FLASHMLA_SPARSE": "sparse: expected True, got False; format: expected fp8_model1, got "
+                "fp8_e4m3fnuz; (kv_lora_rank, rope_dim): expected (448, 64), got (512, 64)",
             },
         ),
         (
@@ -429,6 +430,7 @@ def test_fp8_is_resolved_for_the_platform_asked_about(monkeypatch: pytest.Monkey
                 "FLASHINFER_PAGED_MLA": "prefer: on cuda sm_100 it has to be asked for by name",
                 "TRITON_MLA": "block_size: expected a multiple of 16, got 8",
                 "FLASHMLA_SPARSE": "sparse: expected True",
+                "V4_FLASHMLA_SPARSE": "sparse: expected True",
             },
         ),
         (
@@ -464,25 +466,31 @@ def test_nothing_fits(platform: Platform, want: dict[str, object], reasons: dict
         assert line.startswith(f"  {name}: passed over: {reason}")
 
 
+SPARSE = [("FLASHMLA_SPARSE", "fp8_ds_mla", 512), ("V4_FLASHMLA_SPARSE", "fp8_model1", 448)]
+
+
 @pytest.mark.parametrize("platform", [SM90, SM100], ids=str)
-@pytest.mark.parametrize("format", ["bf16", "fp8_ds_mla"])
-def test_sparse_waits_for_packed_rows(platform: Platform, format: str) -> None:
-    with pytest.raises(ValueError) as error:
-        select_backend(platform, heads=128, sparse=True, format=format)
-    assert f"expected fp8_ds_mla, got {format} (this version of latentkv cannot write fp8_ds_mla)" in str(error.value)
-    assert "  TRITON_MLA: passed over: sparse: expected False, got True" in str(error.value)
-    with pytest.raises(ValueError, match="this version of latentkv cannot write fp8_ds_mla"):
-        layout_for("FLASHMLA_SPARSE", format=format)
+@pytest.mark.parametrize(("name", "format", "latent"), SPARSE)
+def test_sparse_models_read_packed_rows(platform: Platform, name: str, format: str, latent: int) -> None:
+    selection = select_backend(platform, heads=128, sparse=True, format=format, kv_lora_rank=latent)
+    assert (selection.name, selection.layout) == (name, CacheLayout(latent, 64, 64, format))
+    assert layout_for(name, format=format, kv_lora_rank=latent) == selection.layout
+    with pytest.raises(ValueError, match=rf"{name}: passed over: format: expected {format}, got bf16"):
+        select_backend(platform, heads=128, sparse=True, kv_lora_rank=latent)
+    with pytest.raises(ValueError, match=rf"{name}: passed over: block_size: expected 64, got 16"):
+        select_backend(platform, heads=128, sparse=True, format=format, kv_lora_rank=latent, block_size=16)
+    with pytest.raises(ValueError, match=f"  {name}: passed over: sparse: expected True, got False"):
+        select_backend(platform, heads=128, format=format, kv_lora_rank=latent)
 
 
-def test_sparse_is_chosen_once_its_format_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "fp8_ds_mla", FORMATS["bf16"])
-    for platform in (SM90, SM100):
-        selection = select_backend(platform, heads=128, sparse=True, format="fp8_ds_mla")
-        assert selection.name == "FLASHMLA_SPARSE"
-        assert (selection.layout.format, selection.layout.block_size) == ("fp8_ds_mla", 64)
-    with pytest.raises(ValueError, match=r"format: expected fp8_ds_mla, got bf16$"):
-        select_backend(SM90, heads=128, sparse=True)
+@pytest.mark.parametrize(("name", "format", "latent"), SPARSE)
+def test_packed_rows_have_dimensions_of_their_own(name: str, format: str, latent: int) -> None:
+    other = 960 - latent
+    with pytest.raises(ValueError, match=rf"expected \({latent}, 64\), got \({other}, 64\)$"):
+        layout_for(name, format=format, kv_lora_rank=other)
+    for platform in (SM80, SM120, GFX942, CPU):
+        with pytest.raises(ValueError, match="no attention backend fits"):
+            select_backend(platform, heads=128, sparse=True, format=format, kv_lora_rank=latent)
 
 
 @pytest.mark.parametrize("by", ["prefer", "LATENTKV_BACKEND"])

@@ -16,33 +16,58 @@ import torch
 from conftest import Python
 from latentkv import CacheLayout, MLACache, providers
 from latentkv.compat import vllm
+from latentkv.layouts import FORMATS
 from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE, OP_NAMES
 from latentkv.testing import Case, Problem, assert_same_bytes
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 MUTATED = {
     "rope_": ["q", "k"],
     "write_cache_": ["cache", "rope_cache"],
     "rope_write_cache_": ["q_pe", "k_pe", "cache", "rope_cache"],
+    "decode_prologue": ["cache", "rope_cache", "q_out", "q_rope_out", "kv_c_out"],
+    "write_cache_grouped_": ["caches", "rope_caches"],
+    "write_indexer_cache_": ["cache"],
 }
 
 
 def problem(op: str, device: str, strides: str = "contiguous", format: str = "bf16", **fields: Any) -> Problem:
-    placement = fields.pop("placement", "concat")
-    layout = CacheLayout(32, 32, 4, format, placement)
+    packed, placement = FORMATS[format].packed, fields.pop("placement", "concat")
+    layout = CacheLayout(*(packed.dims if packed else (32, 32)), 4, format, placement)
+    if op == "write_indexer_cache_":
+        layout = CacheLayout(128, 32, 4, "fp8_e4m3fn")
+    elif op == "write_cache_grouped_":
+        fields = {"layers": 3} | fields
+    elif op == "decode_prologue":
+        fields = {"outputs": strides, "norm": "fp32", "normalised": "apart"} | fields
     return Problem(Case(op, layout, strides=strides, as_bytes=True, **fields), device)  # type: ignore[arg-type]
 
 
 def arguments(p: Problem, inverse: bool = False) -> tuple[Any, ...]:
     """The op's arguments as the schema has them."""
-    cache = (p.cache.data, p.cache.rope_data, p.cache.scale, p.case.layout.format)
+    neox, masked = p.case.rope == "neox", p.case.rows == "rotate-masked"
     if p.case.op == "rope_":
-        return (p.positions, p.q_pe, p.k_pe, p.table, p.case.rope == "neox", inverse)
+        return (p.positions, p.q_pe, p.k_pe, p.table, neox, inverse)
+    if p.case.op == "write_indexer_cache_":
+        return (p.k, p.positions, p.table, p.slots, p.index_cache, neox, p.case.power_of_two)
+    if p.case.op == "write_cache_grouped_":
+        kv_c, k_pe, caches = (list(x) for x in zip(*p.layers, strict=True))
+        ropes = [cache.rope_data for cache in caches if cache.rope_data is not None]
+        return (kv_c, k_pe, p.slots, [c.data for c in caches], ropes, [c.scale for c in caches], p.case.layout.format)
+    cache = (p.cache.data, p.cache.rope_data, p.cache.scale, p.case.layout.format)
     if p.case.op == "write_cache_":
         return (p.kv_c, p.k_pe, p.slots, *cache)
-    masked = p.case.rows == "rotate-masked"
-    return (p.positions, p.q_pe, p.k_pe, p.kv_c, p.table, p.slots, *cache, p.case.rope == "neox", masked)
+    if p.case.op == "rope_write_cache_":
+        return (p.positions, p.q_pe, p.k_pe, p.kv_c, p.table, p.slots, *cache, neox, masked)
+    outputs = (p.q_out, p.q_rope_out, p.kv_c_out, p.q_scale, p.weight)
+    return (p.q_nope, p.q_pe, p.kv_c, p.k_pe, p.positions, p.table, p.slots, *cache, *outputs, neox, 1e-6, masked)
+
+
+def on_meta(values: Any) -> Any:
+    """The same arguments without their memory."""
+    return tree_map_only(Tensor, lambda t: t.to("meta"), values)
 
 
 def op_of(name: str, namespace: str = NAMESPACE) -> Any:
@@ -91,8 +116,32 @@ def test_opcheck(op: str, strides: str, device: str) -> None:
 )
 def test_opcheck_of_other_arguments(fields: dict[str, Any], device: str) -> None:
     """None for optional tensors, uint8 pages, T < N."""
-    for op in ("rope_write_cache_", "write_cache_"):
+    for op in ("rope_write_cache_", "write_cache_", "decode_prologue", "write_cache_grouped_"):
         torch.library.opcheck(op_of(op), arguments(problem(op, device, **fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"split": True, "scale": None},
+        {"in_place": True, "norm": None, "normalised": "none"},
+        {"in_place": True, "split": True, "q_scale": 0.5},
+        {"format": "fp8_ds_mla"},
+        {"format": "fp8_model1", "rope": "none"},
+    ],
+    ids=str,
+)
+def test_opcheck_of_other_prologues(fields: dict[str, Any], device: str) -> None:
+    torch.library.opcheck(op_of("decode_prologue"), arguments(problem("decode_prologue", device, "sliced", **fields)))
+
+
+def test_opcheck_of_other_layers_and_keys(device: str) -> None:
+    for fields in ({"layers": 1}, {"layers": 2, "scale": None}, {"format": "fp8_ds_mla"}):
+        p = problem("write_cache_grouped_", device, **fields)
+        torch.library.opcheck(op_of("write_cache_grouped_"), arguments(p))
+    for fields in ({"rope": "none"}, {"power_of_two": True, "pages": True, "rows": "masked"}):
+        p = problem("write_indexer_cache_", device, **fields)
+        torch.library.opcheck(op_of("write_indexer_cache_"), arguments(p))
 
 
 def test_opcheck_of_rope_without_a_key(device: str) -> None:
@@ -123,10 +172,10 @@ def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
         given: list[Any] = list(arguments(p))
         mode: Any = contextlib.nullcontext()
         if kind == "meta":
-            given = [a.to("meta") if isinstance(a, Tensor) else a for a in given]
+            given = on_meta(given)
         elif kind == "fake":
             mode = FakeTensorMode()
-            given = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in given]
+            given = tree_map_only(Tensor, mode.from_tensor, given)
         call = op_of(op)
         if kind == "compiled":
             call = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -139,8 +188,24 @@ def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
 
 def test_meta_tensors_do_nothing() -> None:
     for op in OP_NAMES:
-        real = arguments(problem(op, "cpu"))
-        op_of(op)(*(a.to("meta") if isinstance(a, Tensor) else a for a in real))
+        op_of(op)(*on_meta(arguments(problem(op, "cpu"))))
+
+
+def test_fakes_want_one_device() -> None:
+    """Of lists too: a tensor elsewhere, and a list's last one."""
+    for op in OP_NAMES:
+        real = list(arguments(problem(op, "cpu")))
+        for i, value in enumerate(real):
+            if not isinstance(value, Tensor | list) or not len(value):
+                continue
+            mixed = on_meta(real)
+            mixed[i] = [*mixed[i][:-1], value[-1]] if isinstance(value, list) else value
+            if isinstance(value, list) and value[-1] is None:
+                continue
+            name = op_of(op)._schema.arguments[i].name
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(RuntimeError) as error:
+                op_of(op)(*tree_map_only(Tensor, mode.from_tensor, mixed))
+            assert f"latentkv.{op}: " in str(error.value) and "a tensor on" in str(error.value), (op, name)
 
 
 # ----------------------------------------------------------------------------------------------- torch.compile
@@ -168,6 +233,50 @@ def unfused(p: Problem) -> tuple[Tensor, ...]:
     latentkv.rope_(p.positions, p.q_pe, p.k_pe, p.table, is_neox=True)
     latentkv.write_cache_(p.kv_c, p.k_pe, p.slots, p.cache)
     return p.q_pe * 2, p.cache.data.view(torch.uint8) + 1
+
+
+def prologue(p: Problem) -> tuple[Tensor, ...]:
+    """The outputs given, fp8 or not, and split; inputs that the graph has made and goes on with."""
+    p.kv_c_out.fill_(1)  # type: ignore[union-attr]
+    q = latentkv.decode_prologue(
+        p.q_nope, p.q_pe, p.kv_c * 2, p.k_pe, p.positions, p.table, p.slots, p.cache, is_neox=False, q_out=p.q_out,
+        q_rope_out=p.q_rope_out, kv_c_out=p.kv_c_out, kv_norm_weight=p.weight, q_scale=p.q_scale,
+    )  # fmt: skip
+    parts = [t.view(torch.uint8) + 1 for t in (q, p.q_rope_out) if t is not None]
+    return (*parts, p.kv_c_out + 1, p.q_pe * 2, p.cache.data.view(torch.uint8) + 1)  # type: ignore[operator]
+
+
+def allocated(p: Problem) -> tuple[Tensor, ...]:
+    """The query is the op's own tensor, the normalised vector takes the place of kv_c."""
+    before = p.kv_c + 1
+    q = latentkv.decode_prologue(
+        p.q_nope, p.q_pe, p.kv_c, p.k_pe, p.positions, p.table, p.slots, p.cache, is_neox=True,
+        kv_c_out=p.kv_c, kv_norm_weight=p.weight, rope_masked=False,
+    )  # fmt: skip
+    return q * 2, before, p.kv_c + 1, p.cache.data.view(torch.uint8) + 1
+
+
+def in_place(p: Problem) -> tuple[Tensor, ...]:
+    """q_nope lies in q_out: a batch product has just written it."""
+    latent = p.case.layout.kv_lora_rank
+    p.q_out[..., :latent].copy_(p.kv_c[:, None] * 0.5)
+    q = latentkv.decode_prologue(
+        None, p.q_pe, p.kv_c, p.k_pe, None, None, p.slots, p.cache, is_neox=False, q_out=p.q_out,
+        kv_norm_weight=p.weight,
+    )  # fmt: skip
+    return q * 2, p.kv_c + 1
+
+
+def grouped(p: Problem) -> tuple[Tensor, ...]:
+    kv_c, k_pe, caches = zip(*p.layers, strict=True)
+    before = [c.data.view(torch.uint8) + 1 for c in caches]
+    latentkv.write_cache_grouped_([c * 2 for c in kv_c], k_pe, p.slots, caches)
+    return (*before, *(t.view(torch.uint8) + 1 for c in caches for t in c.tensors))
+
+
+def indexer(p: Problem) -> tuple[Tensor, ...]:
+    latentkv.write_indexer_cache_(p.k * 2, p.positions, p.table, p.slots, p.index_cache, is_neox=True)
+    return p.k + 1, p.index_cache + 1
 
 
 def unrotated(p: Problem) -> tuple[Tensor, ...]:
@@ -201,6 +310,64 @@ def test_compiled_gives_the_same_bytes(step: Step, strides: str, backend: str, d
         got = torch.compile(lambda p=compiled: step(p), fullgraph=True, backend=backend)()
         assert compiled.differences(eager) == []
         for a, b in zip(got, want, strict=True):
+            assert_same_bytes(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("step", "fields"),
+    [
+        (prologue, {"rows": "padded", "query": "fp8_e4m3fn", "q_scale": 0.5}),
+        (prologue, {"split": True, "format": "fp8_e4m3fn", "placement": "split"}),
+        (prologue, {"format": "fp8_ds_mla", "rows": "masked"}),
+        (allocated, {"rows": "masked"}),
+        (in_place, {"rope": "none"}),
+        (grouped, {}),
+        (grouped, {"placement": "split", "format": "fp8_e4m3fn", "rows": "masked"}),
+        (indexer, {"rows": "padded"}),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else str(x),
+)
+def test_compiled_new_ops(step: Step, fields: dict[str, Any], backend: str, device: str) -> None:
+    """Each in one graph between other work, on strided tensors."""
+    need_compiler(backend)
+    op = {grouped: "write_cache_grouped_", indexer: "write_indexer_cache_"}.get(step, "decode_prologue")
+    eager, compiled = (problem(op, device, "sliced", **fields) for _ in range(2))
+    want = step(eager)
+    got = torch.compile(lambda p=compiled: step(p), fullgraph=True, backend=backend)()
+    assert compiled.differences(eager) == []
+    for a, b in zip(got, want, strict=True):
+        assert_same_bytes(a, b)
+
+
+def test_compiled_prologue_with_arguments(device: str) -> None:
+    """q_out comes out of the graph, kv_c and q_nope are views in it; other sizes at the second call."""
+
+    def step(q: Tensor, kv: Tensor, positions: Tensor, table: Tensor, slots: Tensor, cache: MLACache) -> Tensor:
+        kv_c, k_pe = kv.split([32, 16], dim=-1)
+        q_nope, q_pe = q[..., :32], q[..., 32:]
+        return latentkv.decode_prologue(
+            q_nope.transpose(0, 1).contiguous().transpose(0, 1), q_pe, kv_c, k_pe, positions, table, slots, cache,
+            is_neox=False, kv_c_out=kv_c, kv_norm_weight=table[0].repeat(2), q_dtype=torch.float8_e4m3fn,
+        )  # fmt: skip
+
+    random = torch.Generator().manual_seed(0)
+    table = torch.rand((50, 16), generator=random).to(device)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 9):
+        inputs = [
+            torch.randn((tokens, 3, 48), generator=random).bfloat16().to(device),
+            torch.randn((tokens, 48), generator=random).bfloat16().to(device),
+            torch.randint(0, 50, (tokens,), generator=random).to(device),
+            table,
+            torch.randperm(24, generator=random)[:tokens].to(device),
+        ]
+        ours, theirs = [t.clone() for t in inputs], [t.clone() for t in inputs]
+        layout = CacheLayout(32, 16, 4)
+        cache, other = layout.allocate(6, device), layout.allocate(6, device)
+        want, got = step(*ours, cache), compiled(*theirs, other)
+        assert_same_bytes(got.view(torch.uint8), want.view(torch.uint8))
+        for a, b in zip((*theirs, other.data), (*ours, cache.data), strict=True):
             assert_same_bytes(a, b)
 
 
@@ -292,14 +459,14 @@ def test_providers_by_default(python: Python) -> None:
     done = python(RUN.replace('warnings.simplefilter("error")', "pass"))
     assert done.returncode == 0, done.stderr
     assert "{'cpu': 'native', " in done.stdout
-    assert "cache_update" in kernels(python)
+    assert "csrc_common" in kernels(python)
 
 
 def test_reference_serves_all_devices(python: Python) -> None:
     done = python(RUN, LATENTKV_PROVIDER="reference")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{'cpu': 'reference', 'cuda': 'reference'}")
-    assert "cache_update" not in kernels(python, LATENTKV_PROVIDER="reference")
+    assert "csrc_common" not in kernels(python, LATENTKV_PROVIDER="reference")
 
 
 def test_native_on_request(python: Python) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import amd
 import latentkv
@@ -16,140 +17,37 @@ from conftest import AMD, Python, on_cpu
 from latentkv import CacheLayout, MLACache, providers
 from latentkv.layouts import FORMATS
 from latentkv.providers import Provider
-from latentkv.testing import POISON, Case, Problem, assert_same_bytes, poisoned
+from latentkv.testing import POISON, Problem, assert_same_bytes, poisoned
 from latentkv.testing.matrix import ACTIVATIONS, MAX_POSITION
+from oracle import (
+    QUANTISED,
+    all_poison,
+    becomes,
+    fp8,
+    grid,
+    make,
+    need,
+    outside,
+    plain,
+    refuses,
+    rounded,
+    spread,
+    stored,
+    turn,
+    virtual,
+)
 from torch import Tensor
 
-QUANTISED = [f for f in FORMATS if FORMATS[f].quantised]
 FAR_INDICES = [2**31, 2**31 + 5, 2**32, 2**32 + 5, 3 * 2**32 + 1, 2**62, 2**63 - 1]
 NEGATIVES = [-1, -2, -(2**31), -(2**32) + 5, -(2**33), -(2**63), -(2**63) + 5]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 emulated = pytest.mark.skipif(not AMD, reason=f"no emulated AMD devices: {amd.problem()}")
 
 
-# ------------------------------------------------------------------------------------------------- the oracle
-
-
-def rounded(x: Tensor) -> Tensor:
-    """fp64 rounded to fp32. Of the product or sum of two fp32 numbers that is the correctly rounded one."""
-    return x.float().double()
-
-
-def turn(x: Tensor, angles: Tensor, neox: bool, inverse: bool = False) -> Tensor:
-    """One head [R] by one row of the table, in fp64 with a rounding to fp32 after each step."""
-    half, dtype = x.shape[-1] // 2, x.dtype
-    cos, sin = angles.cpu().double().split(half)
-    sin = -sin if inverse else sin
-    first = torch.arange(half) if neox else torch.arange(0, 2 * half, 2)
-    second = first + half if neox else first + 1
-    x, out = x.cpu().double(), torch.empty(2 * half, dtype=torch.float64)
-    out[first] = rounded(rounded(x[first] * cos) - rounded(x[second] * sin))
-    out[second] = rounded(rounded(x[second] * cos) + rounded(x[first] * sin))
-    return out.float().to(dtype)
-
-
-def grid(format: str) -> Tensor:
-    """The values of an fp8 kind's codes 0, 1, ... up to the largest finite one, from the definition of the kind."""
-    mantissa, bias, top = {"fp8_e4m3fn": (3, 7, 0x7E), "fp8_e4m3fnuz": (3, 8, 0x7F), "fp8_e5m2": (2, 15, 0x7B)}[format]
-    values = []
-    for code in range(top + 1):
-        exponent, fraction = code >> mantissa, (code & (1 << mantissa) - 1) / (1 << mantissa)
-        values.append((fraction if exponent == 0 else 1 + fraction) * 2.0 ** (max(exponent, 1) - bias))
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def fp8(x: Tensor, format: str, scale: float | None) -> Tensor:
-    """The codes of convert(x / scale), by search for the nearest value of the kind."""
-    quotient = rounded(x.cpu().double() / torch.tensor(1.0 if scale is None else scale, dtype=torch.float32).double())
-    values = grid(format)
-    size = quotient.abs().nan_to_num(0.0).clamp(max=float(values[-1]))
-    above = torch.searchsorted(values, size).clamp(min=1)
-    below = above - 1
-    to_below, to_above = size - values[below], values[above] - size
-    even = torch.where(below % 2 == 0, below, above)
-    code = torch.where(to_below < to_above, below, torch.where(to_above < to_below, above, even))
-    sign = torch.signbit(quotient) & ((code > 0) | (format != "fp8_e4m3fnuz"))
-    nan = 0x80 if format == "fp8_e4m3fnuz" else 0x7F
-    return torch.where(quotient.isnan(), nan, code | sign.long() << 7).to(torch.uint8)
-
-
-def stored(x: Tensor, format: str, scale: float | None) -> Tensor:
-    return fp8(x, format, scale) if FORMATS[format].quantised else x
-
-
-def plain(part: Tensor) -> Tensor:
-    """A cache tensor as it is indexed and compared: fp8 as uint8."""
-    return part.view(torch.uint8) if part.element_size() == 1 else part
-
-
-# ----------------------------------------------------------------------------------------------- the problems
-
-
-def make(
-    device: str, L: int = 32, R: int = 32, block_size: int = 4, format: str = "bf16", placement: str = "concat",
-    op: str = "rope_write_cache_", **fields: object,
-) -> Problem:  # fmt: skip
-    """Six tokens, three heads, all slots valid; every tensor that could be overwritten is among the buffers."""
-    layout = CacheLayout(L, R, block_size, format, placement)  # type: ignore[arg-type]
-    p = Problem(Case(op, layout, **({"tokens": 6} | fields)), device, seed=3)  # type: ignore[arg-type]
-    return keep(p)
-
-
-def keep(p: Problem) -> Problem:
-    """Watches the arguments of a problem too, after some were replaced."""
-    del p.__dict__["_random"]
-    inputs = {"positions": p.positions, "slots": p.slots, "table": p.table, "scale": p.cache.scale}
-    p.buffers |= {name: t for name, t in inputs.items() if t is not None}
-    return p
-
-
 @pytest.fixture(params=["contiguous", "unaligned"])
 def strides(request: pytest.FixtureRequest) -> str:
     """16-byte access, and element by element."""
     return request.param
-
-
-def expected(p: Problem, rotated: Iterable[int], written: Iterable[int]) -> Problem:
-    """A copy of the problem in which those rows are rotated and written, and everything else is as it was."""
-    want = copy.deepcopy(p)
-    case, lay = p.case, p.case.layout
-    for i in rotated:
-        assert want.positions is not None and want.table is not None
-        angles = want.table[want.positions[i]]
-        for head in (*want.q_pe[i], want.k_pe[i]):
-            head.copy_(turn(head, angles, case.rope == "neox"))
-    for i in written:
-        block, entry = divmod(int(want.slots[i]), lay.block_size)
-        scale = None if want.cache.scale is None else float(want.cache.scale)
-        for part, x in ((want.cache.latent, want.kv_c[i]), (want.cache.rope, want.k_pe[i])):
-            plain(part)[block, entry] = stored(x, lay.format, scale).to(p.device)
-    return want
-
-
-def becomes(
-    p: Problem, provider: Provider, rotated: Iterable[int] = range(6), written: Iterable[int] = range(6)
-) -> None:
-    """Running ``p`` rotates and writes exactly those rows: all other bytes stay."""
-    want = expected(p, rotated, written)
-    p.run(provider)
-    assert p.differences(want) == []
-
-
-def refuses(p: Problem, provider: Provider, argument: str, expected: str, got: str) -> None:
-    """Running ``p`` raises before anything is written."""
-    before = copy.deepcopy(p)
-    with pytest.raises(RuntimeError) as error:
-        p.run(provider)
-    assert f"latentkv.{p.case.op}: {argument}: expected {expected}, got {got}" in str(error.value)
-    assert p.differences(before) == []
-
-
-def outside(p: Problem, provider: Provider, argument: str, expected: str, value: int, row: int) -> None:
-    """What a slot or position outside does: the CPU raises, a GPU skips that row as a whole."""
-    if on_cpu(str(p.device), provider):
-        return refuses(p, provider, argument, expected, f"{value} at row {row}")
-    others = [i for i in range(len(p.slots)) if i != row]
-    return becomes(p, provider, [] if p.case.op == "write_cache_" else others, others)
 
 
 # ------------------------------------------------------------------------------------------- what an op means
@@ -799,6 +697,10 @@ import amd, latentkv
 from latentkv import providers
 from latentkv.testing import Case, Problem
 
+def layout(op):
+    indexer = op == "write_indexer_cache_"
+    return latentkv.CacheLayout(128, 32, 4, "fp8_e4m3fn") if indexer else latentkv.CacheLayout(32, 32, 4, "bf16")
+
 def said(p, provider):
     try:
         p.run(provider)
@@ -811,8 +713,13 @@ for op, index, value in (
     *(("rope_write_cache_", "slots", v) for v in (10**6, 2**32 + 5)),
     *(("rope_write_cache_", "positions", v) for v in (10**6, 2**32 + 5, -1)),
     *(("rope_", "positions", v) for v in (10**6, 2**32 + 5, -1)),
+    *(("decode_prologue", "slots", v) for v in (10**6, 2**32 + 5)),
+    *(("decode_prologue", "positions", v) for v in (10**6, 2**32 + 5, -1)),
+    *(("write_cache_grouped_", "slots", v) for v in (10**6, 2**32 + 5)),
+    *(("write_indexer_cache_", "slots", v) for v in (10**6, 2**32 + 5)),
+    *(("write_indexer_cache_", "positions", v) for v in (10**6, 2**32 + 5, -1)),
 ):
-    case = Case(op, latentkv.CacheLayout(32, 32, 4, "bf16"))
+    case = Case(op, layout(op), layers=3 if op == "write_cache_grouped_" else 1)
     p, cpu, before, skipped = (Problem(case, "cpu") for _ in range(4))
     getattr(p, index)[2] = getattr(cpu, index)[2] = value
     if op == "rope_":  # there are no slots to mask by
@@ -822,6 +729,8 @@ for op, index, value in (
     else:
         skipped.slots[2] = -1
         skipped.run(providers.native)
+        if op == "decode_prologue":
+            skipped.q_out[2] = 0
     want, got = said(cpu, providers.native), said(p, chip)
     assert want and f"got {{value}} at row 2" in want, want
     assert got == (want if checks else None), (got, want)
@@ -847,22 +756,39 @@ def test_checks_make_an_emulated_chip_raise(python: Python, checks: bool) -> Non
 @on_gpu
 def test_nothing_is_allocated_on_the_device() -> None:
     p = make("cuda", op="rope_", tokens=64, strides="sliced")
-    fused, write = make("cuda", format="fp8_e4m3fn", tokens=64), make("cuda", op="write_cache_", tokens=64)
-    for problem in (p, fused, write):
+    problems = [p, make("cuda", format="fp8_e4m3fn", tokens=64), make("cuda", op="write_cache_", tokens=64)]
+    problems.append(make("cuda", op="decode_prologue", format="fp8_ds_mla", tokens=64, norm="fp32", query="fp8_e4m3fn"))
+    problems.append(make("cuda", op="write_cache_grouped_", layers=40, rope="none", tokens=64))
+    problems.append(make("cuda", op="write_indexer_cache_", tokens=64))
+    for problem in problems:
         problem.run(providers.native)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    for problem in (p, fused, write):
+    for problem in problems:
         problem.run(providers.native)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
+GRAPHS = [
+    *(
+        (op, {"format": format})
+        for op in ("rope_", "write_cache_", "rope_write_cache_")
+        for format in ("bf16", "fp8_e4m3fn")
+    ),
+    ("rope_write_cache_", {"format": "fp8_model1"}),
+    ("decode_prologue", {"norm": "fp32", "normalised": "apart", "split": True}),
+    ("decode_prologue", {"format": "fp8_ds_mla", "norm": "bf16", "query": "fp8_e4m3fn", "q_scale": 0.5}),
+    ("decode_prologue", {"in_place": True, "format": "fp8_e4m3fn"}),
+    ("write_cache_grouped_", {"layers": 3, "format": "fp8_e4m3fn"}),
+    ("write_indexer_cache_", {"power_of_two": True}),
+]
+
+
 @on_gpu
-@pytest.mark.parametrize("format", ["bf16", "fp8_e4m3fn"])
-@pytest.mark.parametrize("op", ["rope_", "write_cache_", "rope_write_cache_"])
-def test_graph_replays_on_new_inputs(op: str, format: str) -> None:
+@pytest.mark.parametrize(("op", "fields"), GRAPHS, ids=str)
+def test_graph_replays_on_new_inputs(op: str, fields: dict[str, object]) -> None:
     """Captured once; replayed after positions, slots and values in the same memory have changed."""
-    p = make("cuda", op=op, format=format, tokens=33, rows="rotate-masked")
+    p = make("cuda", op=op, tokens=33, rows="rotate-masked", **fields)  # type: ignore[arg-type]
     before = copy.deepcopy(p)
     p.run(providers.native)  # loads the kernel
     torch.cuda.synchronize()
@@ -872,10 +798,12 @@ def test_graph_replays_on_new_inputs(op: str, format: str) -> None:
     for seed in range(5):
         fresh = copy.deepcopy(before)
         random = torch.Generator().manual_seed(seed)
-        capacity = fresh.cache.num_slots
+        pages = fresh.index_cache if op == "write_indexer_cache_" else fresh.cache.data
+        capacity = pages.shape[0] * pages.shape[-2]
         fresh.slots.copy_(torch.randperm(2 * capacity, generator=random)[:33] - capacity // 2)  # some are outside
         fresh.positions.copy_(torch.randint(-9, MAX_POSITION + 9, (33,), generator=random))  # type: ignore[union-attr]
-        for t in (fresh.q_pe, fresh.k_pe, fresh.kv_c):
+        inputs = [getattr(fresh, name, None) for name in ("q_pe", "k_pe", "kv_c", "q_nope", "weight", "k")]
+        for t in (t for t in inputs if t is not None):
             t.copy_(torch.randn(t.shape, generator=random))
         for name, buffer in fresh.buffers.items():
             p.buffers[name].copy_(buffer)
@@ -931,9 +859,18 @@ class Layer:
         self.other_slots = self.slots.roll(1)
         self.cache = layout.allocate(blocks, "cuda", scale=0.25)
         self.rows = self.cache.data.view(-1, 576)
+        self.nope = torch.randn(16, tokens, 512, generator=random).bfloat16().cuda().transpose(0, 1)
+        self.query = torch.zeros(tokens, 16, 576, dtype=torch.bfloat16, device="cuda")
+        self.weight = torch.rand(512, generator=random).cuda()
+        self.draft, self.packed = (
+            layout.allocate(blocks, "cuda", 0.5),
+            CacheLayout(format="fp8_ds_mla").allocate(blocks, "cuda"),
+        )
+        self.index = torch.zeros(blocks, 64, 132, dtype=torch.uint8, device="cuda")
 
     def state(self) -> dict[str, Tensor]:
-        return {"q": self.q, "kv": self.kv, "small": self.small, "cache": plain(self.cache.data)}
+        caches = {name: plain(getattr(self, name).data) for name in ("cache", "draft", "packed", "index")}
+        return caches | {"q": self.q, "kv": self.kv, "small": self.small, "query": self.query}
 
     def steps(self, provider: Provider) -> Iterator[Callable[[], object]]:
         """One round: ours and torch's kernels in turn, each in need of what the one before it left."""
@@ -951,6 +888,16 @@ class Layer:
         yield lambda: provider.rope_(at, q, k, angles, is_neox=True, inverse=True)
         yield lambda: provider.write_cache_(kv_c, k, self.slots, self.cache)
         yield lambda: provider.rope_write_cache_(at, q, k, kv_c, angles, self.other_slots, self.cache, is_neox=True)
+        query, index = self.query, self.index
+        norm: dict[str, Any] = {"kv_c_out": kv_c, "kv_norm_weight": self.weight}
+        yield lambda: provider.decode_prologue(
+            self.nope, q, kv_c, k, at, angles, self.slots, self.packed, is_neox=False, q_out=query, **norm
+        )
+        yield lambda: self.nope.copy_(query[..., :512].roll(1, 0))
+        yield lambda: provider.write_cache_grouped_(
+            [kv_c, query[:, 3, :512]], [k, query[:, 5, 512:]], self.other_slots, [self.draft, self.cache]
+        )
+        yield lambda: provider.write_indexer_cache_(kv_c[:, :128], at, angles, self.slots, index, is_neox=True)
         yield lambda: self.small.add_(q[:1, :2])
         yield lambda: self.small.mul_(0.5)
 
@@ -1019,13 +966,6 @@ def test_overlap_can_be_switched_off() -> None:
 # ---------------------------------------------------------------------------------------- GPU: beyond 2^31
 
 
-def need(gigabytes: float) -> None:
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.1f} are free")
-
-
 @on_gpu
 @pytest.mark.parametrize("format", ["bf16", "fp8_e4m3fn"])
 @pytest.mark.parametrize("placement", ["concat", "split"])
@@ -1057,8 +997,7 @@ def test_a_cache_beyond_2_31_elements(placement: str, format: str) -> None:
         row = stored(x, format, 0.37).to("cuda")
         assert_same_bytes(plain(part)[block, entry], row)
         plain(part)[block, entry] = torch.full_like(row.view(torch.uint8), POISON).view(row.dtype)
-    for buffer in buffers:  # in pieces: a comparison makes as many bytes again
-        assert all(bool((piece == POISON).all()) for piece in buffer.split(2**30))
+    assert all(map(all_poison, buffers))
 
 
 @on_gpu
@@ -1088,26 +1027,10 @@ def test_strides_that_reach_beyond_2_31_elements(far: str, misaligned: int) -> N
         assert_same_bytes(view, x)
         view.view(torch.int16).fill_(POISON * 0x101 - 0x10000)
     assert_same_bytes(p.buffers["cache0"], want.buffers["cache0"])
-    assert all(bool((piece == POISON).all()) for piece in buffer.split(2**30))
+    assert all_poison(buffer)
 
 
 # --------------------------------------------------------------------------------- emulated chips: beyond 2^32
-
-
-def virtual(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory of its own, of which only what is touched is taken."""
-    extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python's name is newer than Linux's
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    pages = mmap.mmap(-1, extent * dtype.itemsize, flags=flags)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).as_strided(shape, strides)
-
-
-def spread(t: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy of ``t`` with other strides."""
-    view = virtual(tuple(t.shape), strides, t.dtype)
-    plain(view).copy_(plain(t))
-    return view
 
 
 @emulated

@@ -15,14 +15,20 @@ __all__ = [
     "MLACache",
     "Platform",
     "build_cos_sin_cache",
+    "decode_prologue",
     "layout_for",
     "providers",
     "rope_",
     "rope_write_cache_",
     "select_backend",
     "write_cache_",
+    "write_cache_grouped_",
+    "write_indexer_cache_",
 ]
 
 rope_ = _public.rope_
 write_cache_ = _public.write_cache_
 rope_write_cache_ = _public.rope_write_cache_
+decode_prologue = _public.decode_prologue
+write_cache_grouped_ = _public.write_cache_grouped_
+write_indexer_cache_ = _public.write_indexer_cache_

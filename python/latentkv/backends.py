@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from .layouts import FORMATS, CacheLayout, Placement, resolve_format
+from .layouts import CacheLayout, Placement, resolve_format
 from .platform import Kind, Platform
 
 __all__ = ["BACKENDS", "Backend", "Selection", "aiter_problem", "layout_for", "select_backend"]
@@ -79,7 +79,7 @@ class Backend:
         name: vLLM's name for it.
         kinds: the kinds of platform that it runs on.
         archs: the architectures, as :meth:`Platform.is_a` reads them; empty for all of those kinds.
-        formats: the row formats that it reads; one that is not in :data:`FORMATS` cannot be written yet.
+        formats: the row formats that it reads.
         block_sizes: the block sizes that it reads.
         block_size: the one to use when nobody asks for another.
         placement: how latent and rope lie.
@@ -106,6 +106,12 @@ class Backend:
     def runs_on(self, platform: Platform) -> bool:
         """Whether its kernels exist for ``platform``."""
         return platform.kind in self.kinds and (not self.archs or any(map(platform.is_a, self.archs)))
+
+    @property
+    def layouts(self) -> tuple[CacheLayout, ...]:
+        """A layout for each of its formats, in its usual block size; DeepSeek-V3's dimensions where any will do."""
+        dims = self.dims or (512, 64)
+        return tuple(CacheLayout(*dims, self.block_size, format, self.placement) for format in self.formats)
 
 
 # In order of choice: of the entries for its kind, a platform gets the first that fits.
@@ -179,15 +185,17 @@ BACKENDS: Mapping[str, Backend] = {
             block_sizes=(64,),
             sparse=True,
         ),
+        Backend(
+            "V4_FLASHMLA_SPARSE",  # DeepSeek-V4: FlashMLA's readers of "MODEL1" rows
+            kinds=("cuda",),
+            archs=("sm_90", "sm_100"),
+            formats=("fp8_model1",),
+            block_sizes=(64,),
+            dims=(448, 64),
+            sparse=True,
+        ),
     )
 }
-
-
-def _resolve(format: str, platform: Platform | None = None) -> str:
-    # A format that some reader knows but this version cannot write is left to the backends, which say so.
-    if any(format in backend.formats for backend in BACKENDS.values()):
-        return format
-    return resolve_format(format, platform)
 
 
 def _layout_problems(
@@ -196,11 +204,9 @@ def _layout_problems(
     """Why ``backend`` cannot read such a cache on ``platform`` (None: anywhere); empty if it can."""
     found = []
     foreign = {f for f in _E4M3 if platform and f != platform.fp8_format}
-    readable = [f for f in backend.formats if f in FORMATS and f not in foreign]
+    readable = [f for f in backend.formats if f not in foreign]
     if format not in readable:
-        expected = _one_of(readable or backend.formats)
-        unwritten = "" if readable else f" (this version of latentkv cannot write {expected})"
-        found.append(f"format: expected {expected}, got {format}{unwritten}")
+        found.append(f"format: expected {_one_of(readable)}, got {format}")
     if block_size is not None and block_size not in backend.block_sizes:
         sizes = backend.block_sizes
         expected = f"a multiple of {sizes.step}" if isinstance(sizes, range) else _one_of(sizes)
@@ -253,7 +259,7 @@ def layout_for(
     """
     if backend not in BACKENDS:
         raise ValueError(f"layout_for: backend: expected {_one_of(BACKENDS)}, got {backend!r}")
-    entry, cache = BACKENDS[backend], ((kv_lora_rank, rope_dim), _resolve(format), block_size)
+    entry, cache = BACKENDS[backend], ((kv_lora_rank, rope_dim), resolve_format(format), block_size)
     if problems := _layout_problems(entry, *cache, platform=None):
         raise ValueError(f"layout_for: {backend}: {'; '.join(problems)}")
     return _layout(entry, *cache)
@@ -310,7 +316,7 @@ def select_backend(
         kv_lora_rank: L, elements of the latent vector.
         rope_dim: R, elements of the shared rope key.
         block_size: rows in a block where the engine fixes it; None for the chosen backend's usual size.
-        sparse: whether the model's attention is sparse (DeepSeek-V3.2).
+        sparse: whether the model's attention is sparse (DeepSeek-V3.2, DeepSeek-V4).
         prefer: the one backend to use.
 
     Raises:
@@ -320,7 +326,7 @@ def select_backend(
     if heads < 1:
         raise ValueError(f"select_backend: heads: expected at least 1, got {heads}")
     platform = platform or Platform.detect()
-    cache = ((kv_lora_rank, rope_dim), _resolve(format, platform), block_size)
+    cache = ((kv_lora_rank, rope_dim), resolve_format(format, platform), block_size)
     wish, source = (prefer, "prefer") if prefer else (os.environ.get("LATENTKV_BACKEND"), "LATENTKV_BACKEND")
     if wish and wish not in BACKENDS:
         raise ValueError(f"select_backend: {source}: expected {_one_of(BACKENDS)}, got {wish!r}")

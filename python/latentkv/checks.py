@@ -38,10 +38,11 @@ class Arguments:
         if t.device != self.device:
             self.fail(argument, f"a tensor on {self.device}", f"one on {t.device}")
 
-    def dtype(self, argument: str, t: Tensor, types: Sequence[torch.dtype]) -> None:
+    def dtype(self, argument: str, t: Tensor, types: Sequence[torch.dtype], purpose: str = "") -> None:
         """The tensor has one of the dtypes."""
         if t.dtype not in types:
-            self.fail(argument, f"dtype {' or '.join(map(_name, types))}", _name(t.dtype))
+            names = " or ".join(map(_name, dict.fromkeys(types)))
+            self.fail(argument, f"dtype {names} {purpose}".rstrip(), _name(t.dtype))
 
     def unit_stride(self, argument: str, t: Tensor) -> None:
         """The last dimension is contiguous."""
@@ -72,43 +73,88 @@ class Arguments:
                 )
             extent += stride * (size - 1)
 
-    def cache(
-        self, cache: Tensor, rope_cache: Tensor | None, scale: Tensor | None, format: str, kv_c: Tensor, k_pe: Tensor
-    ) -> Format:
-        """The cache tensors, their format and scale, against the activations to be written."""
-        latent_dim, rope_dim = kv_c.shape[1], k_pe.shape[1]
-        if format not in FORMATS:
-            self.fail("format", "a known format name", repr(format))
-        f = FORMATS[format]
-        if not f.quantised and kv_c.dtype != f.dtype:
-            self.fail("kv_c", f"dtype {_name(f.dtype)} for format {f.name}", _name(kv_c.dtype))
-        parts = [("cache", cache, "L + R", latent_dim + rope_dim)]
-        if rope_cache is not None:
-            parts = [("cache", cache, "L", latent_dim), ("rope_cache", rope_cache, "R", rope_dim)]
-        for name, t, what, row in parts:
-            self.on_device(name, t)
-            if t.dtype not in f.storage_dtypes:
-                allowed = " or ".join(map(_name, f.storage_dtypes))
-                self.fail(name, f"dtype {allowed} for format {f.name}", _name(t.dtype))
-            if not (t.dim() == 3 or (t.dim() == 4 and t.shape[1] == 1)):
-                self.fail(name, "shape [B, bs, C] or [B, 1, bs, C]", list(t.shape))
-            if t.shape[-1] < row:
-                self.fail(name, f"rows of at least {what}={row} elements", t.shape[-1])
-            self.unit_stride(name, t)
-            self.no_overlap(name, t)
-        if rope_cache is not None:
-            if (cache.shape[0], cache.shape[-2]) != (rope_cache.shape[0], rope_cache.shape[-2]):
-                self.fail("rope_cache", f"the blocks of cache: {list(cache.shape)}", list(rope_cache.shape))
-            if _share_bytes(cache, rope_cache, latent_dim, rope_dim):
-                self.fail("rope_cache", "a tensor that shares no bytes with cache", "overlapping memory")
-        if cache.shape[0] * cache.shape[-2] >= 2**31:
-            self.fail("cache", "fewer than 2^31 rows", cache.shape[0] * cache.shape[-2])
-        if scale is not None:
-            self.on_device("scale", scale)
-            self.dtype("scale", scale, (torch.float32,))
-            if scale.numel() != 1:
-                self.fail("scale", "one element", f"shape {list(scale.shape)}")
+    def format(self, name: str, kv_c: Tensor, k_pe: Tensor, names: tuple[str, str] = ("kv_c", "k_pe")) -> Format:
+        """The format of that name, against the activations to be written."""
+        if name not in FORMATS:
+            self.fail("format", "a known format name", repr(name))
+        f = FORMATS[name]
+        if f.activation is not None:
+            self.dtype(names[0], kv_c, (f.activation,), f"for format {name}")
+        if f.packed:
+            for argument, t, letter, size in zip(names, (kv_c, k_pe), "LR", f.packed.dims, strict=True):
+                if t.shape[1] != size:
+                    self.fail(argument, f"{letter}={size} for format {name}", t.shape[1])
         return f
+
+    def cache(
+        self,
+        cache: Tensor,
+        rope_cache: Tensor | None,
+        scale: Tensor | None,
+        f: Format,
+        latent_dim: int,
+        rope_dim: int,
+        names: tuple[str, str, str] = ("cache", "rope_cache", "scale"),
+    ) -> None:
+        """The cache tensors and their scale, for rows of ``latent_dim`` and ``rope_dim`` elements."""
+        latent_name, rope_name, scale_name = names
+        own, row = (f.storage_dtypes, f"for format {f.name}"), latent_dim + rope_dim
+        if f.packed:
+            size = f.packed.row_bytes
+            self.pages(latent_name, cache, size, f"{size} bytes", *own)
+            self.byte_rows(latent_name, cache, size if f.packed.block_multiple else None)
+            if rope_cache is not None:
+                self.fail(rope_name, f"None {own[1]}", "a tensor")
+        elif rope_cache is None:
+            self.pages(latent_name, cache, row, f"L + R={row} elements", *own)
+        else:
+            self.pages(latent_name, cache, latent_dim, f"L={latent_dim} elements", *own)
+            self.pages(rope_name, rope_cache, rope_dim, f"R={rope_dim} elements", *own)
+            self.same_blocks(rope_name, rope_cache, latent_name, cache)
+            if _share_bytes(cache, rope_cache, latent_dim, rope_dim):
+                self.fail(rope_name, f"a tensor that shares no bytes with {latent_name}", "overlapping memory")
+        self.capacity(latent_name, cache)
+        if scale is not None:
+            self.scale(scale_name, scale)
+
+    def pages(
+        self, argument: str, t: Tensor, size: int, text: str, types: Sequence[torch.dtype], purpose: str = ""
+    ) -> None:
+        """One cache tensor [B, bs, C] or [B, 1, bs, C] whose rows hold ``size`` elements, in words ``text``."""
+        self.on_device(argument, t)
+        self.dtype(argument, t, types, purpose)
+        if not (t.dim() == 3 or (t.dim() == 4 and t.shape[1] == 1)):
+            self.fail(argument, "shape [B, bs, C] or [B, 1, bs, C]", list(t.shape))
+        if t.shape[-1] < size:
+            self.fail(argument, f"rows of at least {text}", t.shape[-1])
+        self.unit_stride(argument, t)
+        self.no_overlap(argument, t)
+
+    def byte_rows(self, argument: str, t: Tensor, apart: int | None) -> None:
+        """Rows of mixed types, for access by 4 bytes; ``apart`` where those of a block must follow one another."""
+        if apart is not None and t.shape[-2] > 1 and t.stride(-2) != apart:
+            self.fail(argument, f"entries {apart} bytes apart, as scales lie after a block's rows", t.stride(-2))
+        steps = [stride for stride, size in zip(t.stride()[:-1], t.shape, strict=False) if size > 1]
+        if t.data_ptr() % 4 or any(step % 4 for step in steps):
+            got = f"address {t.data_ptr() % 4} modulo 4 and strides {list(t.stride())}"
+            self.fail(argument, "rows that start at a multiple of 4 bytes", got)
+
+    def capacity(self, argument: str, t: Tensor) -> None:
+        """The cache tensor's rows can be counted in 31 bits."""
+        if t.shape[0] * t.shape[-2] >= 2**31:
+            self.fail(argument, "fewer than 2^31 rows", t.shape[0] * t.shape[-2])
+
+    def same_blocks(self, argument: str, t: Tensor, other_argument: str, other: Tensor) -> None:
+        """Both cache tensors have as many blocks and entries."""
+        if (t.shape[0], t.shape[-2]) != (other.shape[0], other.shape[-2]):
+            self.fail(argument, f"the blocks of {other_argument}: {list(other.shape)}", list(t.shape))
+
+    def scale(self, argument: str, t: Tensor) -> None:
+        """One fp32 element on the device."""
+        self.on_device(argument, t)
+        self.dtype(argument, t, (torch.float32,))
+        if t.numel() != 1:
+            self.fail(argument, "one element", f"shape {list(t.shape)}")
 
 
 def _share_bytes(cache: Tensor, rope_cache: Tensor, latent_dim: int, rope_dim: int) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform as host
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,21 +20,29 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from . import __version__, layout_for, providers, select_backend
+from . import __version__, providers, select_backend
 from .backends import BACKENDS, Selection
 from .bench import (
     FUSED,
+    INDEXER,
+    PROLOGUE,
+    QUERYLESS,
+    VARIANTS,
     VLLM,
     Bench,
-    Inputs,
+    FlashInfer,
+    Peer,
     PeerError,
     Row,
+    Update,
+    activation_dtype,
     device_name,
     environment,
     plot,
     provider_call,
     read_csv,
     rope_table,
+    summary,
     write_csv,
 )
 from .layouts import FORMATS, CacheLayout, resolve_format
@@ -53,8 +62,11 @@ _WIDTH = None if sys.stdout.isatty() else 120  # of tables in logs and pipes
 console = Console(width=_WIDTH, highlight=False)
 progress_console = Console(stderr=True)
 T = TypeVar("T")
+PEERS = (VLLM.name, FlashInfer.name)
 
-OpName = Literal["rope_", "write_cache_", "rope_write_cache_"]
+OpName = Literal[
+    "rope_", "write_cache_", "rope_write_cache_", "decode_prologue", "write_cache_grouped_", "write_indexer_cache_"
+]
 DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option("--device", help="cuda is a GPU of either vendor, and preferred."),
@@ -239,7 +251,7 @@ def _run_steps(
     blocks = -(-(prompt + steps) // layout.block_size)
     block_table = torch.randperm(sequences * blocks, generator=random).view(sequences, blocks)
     cache, twin = (layout.allocate(sequences * blocks, where, scale=0.25) for where in (device, cpu))
-    table = rope_table(model, layout, cpu)
+    table = rope_table(model, activation_dtype(layout), cpu)
     device_table = None if table is None else table.to(device)
     compared = 0
     for first, last in [(0, prompt), *((i, i + 1) for i in range(prompt, prompt + steps))]:
@@ -247,7 +259,7 @@ def _run_steps(
         rows = torch.arange(sequences).repeat_interleave(last - first)
         block, entry = positions // layout.block_size, positions % layout.block_size
         slots = block_table[rows, block] * layout.block_size + entry
-        expected = Inputs.random(model, heads, positions, slots, table, twin, random)
+        expected = Update.random(model, heads, positions, slots, table, twin, random)
         actual = expected.to(device, device_table, cache)
         provider_call(providers.public, FUSED, actual)()
         provider_call(providers.reference, FUSED, expected)()
@@ -320,7 +332,7 @@ def verify(
 
 def _cases() -> Iterator[Case]:
     yield from matrix()
-    layouts = (layout_for(b.name, format=f) for b in BACKENDS.values() for f in b.formats if f in FORMATS)
+    layouts = (layout for backend in BACKENDS.values() for layout in backend.layouts)
     for layout in dict.fromkeys(layouts):
         yield from for_layout(layout)
 
@@ -333,16 +345,24 @@ def bench(
     op: Annotated[OpName, typer.Option(help="The op to time.")] = FUSED,
     model: ModelOption = "deepseek-v3",
     heads: Annotated[
-        str | None, typer.Option(help="Query heads, separated by commas; by default 16,128, on a CPU 16.")
+        str | None,
+        typer.Option(
+            help="Query heads, separated by commas; by default 16,128, for decode_prologue 16,64,128, on a CPU 16."
+        ),
     ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(help="Tokens, separated by commas; by default 1,8,32,128,512,2048,8192, on a CPU 1,32,1024."),
     ] = None,
-    formats: Annotated[str, typer.Option(help="Row formats, separated by commas.")] = "bf16,fp8",
+    formats: Annotated[
+        str | None, typer.Option(help="Row formats, separated by commas; by default bf16,fp8 and what the op is for.")
+    ] = None,
     device: DeviceOption = None,
     peer: Annotated[
-        Literal["vllm"] | None, typer.Option(help="Fail without this peer, else compare where it is found.")
+        str | None,
+        typer.Option(
+            help="vllm, flashinfer or both, separated by a comma: fail without them, else compare to those found."
+        ),
     ] = None,
     vllm_library: Annotated[
         Path | None,
@@ -363,12 +383,14 @@ def bench(
     """Time an op over tokens, heads and formats, beside its peers, and check its bytes at every shape.
 
     On a GPU: replay of CUDA graphs that go round over eight input sets, with and without programmatic
-    dependent launch (overlap), beside vLLM's ops if they are here; then what an eager call costs the host. On
-    a CPU: wall clock, beside the reference.
+    dependent launch (overlap), beside vLLM's and FlashInfer's ops if they are here; then what an eager call
+    costs the host. On a CPU: wall clock, beside the reference.
 
     Every time stands beside the bandwidth that an elementwise multiply streams in the same run, and that of
     an empty kernel. Caches hold whole rows (concat) in blocks of 64; q_pe is a strided view into the query
-    heads; the cos/sin table has the activations' dtype.
+    heads; the cos/sin table has the activations' dtype. For decode_prologue q_nope is the transposed view of
+    a product [H, T, L], kv_c a slice of its projection, the table fp32, and the query fp8 where the rows are;
+    it is timed with and without RMSNorm. Four layers make a group.
 
     The exit status is 1 if one of our bytes differs from the reference's.
     """
@@ -386,25 +408,24 @@ def bench(
             raise typer.BadParameter(
                 f"expected another op, as {chosen.name} has no rotation, got rope_", param_hint="--op"
             )
-        all_heads = _several(heads or ("16,128" if on.type == "cuda" else "16"), "--heads", _count)
+        usual_heads = "16" if on.type == "cpu" else "16,64,128" if op == PROLOGUE else "16,128"
+        all_heads = [0] if op in QUERYLESS else _several(heads or usual_heads, "--heads", _count)
         all_tokens = _several(
             tokens or ("1,8,32,128,512,2048,8192" if on.type == "cuda" else "1,32,1024"), "--tokens", _count
         )
-        names = _several(formats, "--formats", lambda name: resolve_format(name, _platform(on)))
-        if op == "rope_":  # the cache plays no part
-            names = names[:1]
-        layouts = [CacheLayout(chosen.kv_lora_rank, chosen.rope_dim, 64, name) for name in names]
-        peers = _peers(on, vllm_library, demanded=peer is not None)
+        layouts = _layouts(formats, op, chosen, _platform(on))
+        demanded = _several(peer, "--peer", _peer_name) if peer else []
+        peers = _peers(on, vllm_library, demanded)
 
         facts = environment(on, peers)
         console.print(", ".join(f"{key} {value}" for key, value in facts.items() if value))
         runner = Bench(chosen, on, peers, compiled)
         empty = "" if runner.empty_us is None else f"; an empty kernel takes {runner.empty_us:.2f} us"
         console.print(f"an elementwise multiply streams {runner.streamed_gb_s:,.0f} GB/s{empty}\n")
-        shapes = [(h, t, layout) for h in all_heads for layout in layouts for t in all_tokens]
+        shapes = itertools.product(all_heads, layouts, VARIANTS.get(op, ("",)), all_tokens)
         rows = []
-        for h, t, layout in track(shapes, "timing", console=progress_console, transient=True):
-            rows += runner.measure(op, h, t, layout)
+        for h, layout, variant, t in track([*shapes], "timing", console=progress_console, transient=True):
+            rows += runner.measure(op, h, t, layout, variant)
         for h in all_heads:
             rows += runner.measure_host(op, h, layouts[0])
         _print_rows(rows)
@@ -417,37 +438,62 @@ def bench(
         raise typer.Exit(1)
 
 
-def _peers(device: torch.device, library: Path | None, demanded: bool) -> list[VLLM]:
-    try:
-        if device.type == "cpu":
-            raise PeerError("its ops run on GPUs only")
-        return [VLLM(device, library)]
-    except PeerError as error:
-        if library or demanded:
-            option = "--vllm-library" if library else "--peer"
-            raise typer.BadParameter(f"expected vLLM's ops, got none: {error}", param_hint=option) from error
-        console.print(f"vllm: not compared: {error}")
-        return []
+def _layouts(formats: str | None, op: str, model: Model, platform: Platform) -> list[CacheLayout]:
+    """The layouts of the formats asked for; by default of those that ``op`` and the model's dimensions go with."""
+    dims = (model.kv_lora_rank, model.rope_dim)
+    if op in ("rope_", INDEXER):  # the format plays no part
+        return [CacheLayout(*dims, 64, "bf16")]
+    if formats is None:
+        packed = [f.name for f in FORMATS.values() if f.packed and f.packed.dims == dims and op != FUSED]
+        formats = ",".join(["bf16", "fp8", *packed])
+    names = _several(formats, "--formats", lambda name: resolve_format(name, platform))
+    with _option("--formats"):
+        return [CacheLayout(*dims, 64, name) for name in names]
+
+
+def _peer_name(text: str) -> str:
+    if text not in PEERS:
+        raise ValueError(f"expected {' or '.join(PEERS)}, got {text!r}")
+    return text
+
+
+def _peers(device: torch.device, library: Path | None, demanded: Collection[str]) -> list[Peer]:
+    """The peers that are here. One whose library or name was given has to be."""
+    found: list[Peer] = []
+    for name in PEERS:
+        try:
+            if device.type == "cpu":
+                raise PeerError("its ops run on GPUs only")
+            found.append(VLLM(device, library) if name == VLLM.name else FlashInfer(device))
+        except PeerError as error:
+            given = library if name == VLLM.name else None
+            if given or name in demanded:
+                option = "--vllm-library" if given else "--peer"
+                raise typer.BadParameter(f"expected {name}'s ops, got none: {error}", param_hint=option) from error
+            console.print(f"{name}: not compared: {error}")
+    return found
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
-    """A table for each number of heads and format, then one of host costs."""
+    """A table for each number of heads, format and variant, one of host costs, and who is how much faster."""
     groups: dict[tuple[bool, int, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.timing == "host", row.heads, row.format), []).append(row)
-    for (is_host, heads, format), group in groups.items():
+        groups.setdefault((row.timing == "host", row.heads, row.kind), []).append(row)
+    for (is_host, heads, kind), group in groups.items():
+        written = "q_out" if group[0].op == PROLOGUE else "q, k"
         columns: dict[str, list[float | None]] = {
             "us": [r.p50_us for r in group],
             "GB/s": [r.gb_s for r in group],
             "% of streamed": [r.share_of_streamed and 100 * r.share_of_streamed for r in group],
             "empty kernels": [None if is_host else r.times_empty for r in group],
             f"speed-up over {group[0].baseline}": [r.speedup for r in group],
-            "% of q, k differ": [r.qk_differs_percent for r in group],
+            f"% of {written} differ": [r.qk_differs_percent for r in group],
             "% of cache differs": [r.cache_differs_percent for r in group],
         }
         columns = {heading: values for heading, values in columns.items() if any(v is not None for v in values)}
         what = "host cost of an eager call" if is_host else f"time of {group[0].op}"
-        table = Table("tokens", title=f"{what}: {group[0].model}, {heads} heads, {format}", title_justify="left")
+        of = f"{heads} heads, {kind}" if heads else kind
+        table = Table("tokens", title=f"{what}: {group[0].model}, {of}", title_justify="left")
         table.add_column("contender", no_wrap=True)
         for heading in columns:
             table.add_column(heading, justify="right")
@@ -455,6 +501,14 @@ def _print_rows(rows: Sequence[Row]) -> None:
             tokens = "" if i and group[i - 1].tokens == row.tokens else str(row.tokens)
             cells = [_three(values[i]) for values in columns.values()]
             table.add_row(tokens, row.contender, *cells, style="red" if row.wrong else None)
+        console.print(table)
+    if faster := summary(rows):
+        ours = list(dict.fromkeys(own for by_own in faster.values() for own in by_own))
+        table = Table("rows", "against", title="times faster: at least, and in the mean", title_justify="left")
+        for own in ours:
+            table.add_column(own, justify="right")
+        for key, by_own in faster.items():
+            table.add_row(*key, *(", ".join(map(_three, by_own.get(own, ()))) for own in ours))
         console.print(table)
     for contender, note in dict.fromkeys((row.contender, row.note) for row in rows if row.note):
         console.print(f"{contender}: {note}", markup=False)

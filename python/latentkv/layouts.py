@@ -13,29 +13,53 @@ import torch
 
 from .platform import Platform
 
-__all__ = ["FORMATS", "CacheLayout", "Format", "MLACache", "Placement", "resolve_format"]
+__all__ = ["FORMATS", "CacheLayout", "Format", "MLACache", "Packed", "Placement", "resolve_format"]
 
 Placement = Literal["concat", "split"]
 
 
 @dataclass(frozen=True)
-class Format:
-    """How one row element is stored.
+class Packed:
+    """A row of bytes that brings its own scales: the latent vector as fp8_e4m3fn, the rope key as bf16.
 
-    ``dtype`` is torch's own type for it; a quantised format may also be backed by ``torch.uint8``. ``max`` is the
-    largest finite value of a quantised format and ``nan`` the byte that every NaN becomes; both are None where
-    activations are copied verbatim.
+    Attributes:
+        dims: the only (kv_lora_rank, rope_dim).
+        tile: neighbouring latent elements that share one scale.
+        row_bytes: what a token takes, its scales included.
+        block_multiple: a block is padded to a multiple of so many bytes where its scales lie after its rows, all
+            together, so that it must be one run of bytes; None where each row holds its own.
+    """
+
+    dims: tuple[int, int]
+    tile: int
+    row_bytes: int
+    block_multiple: int | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one row is stored.
+
+    ``dtype`` is torch's own type for its elements; a quantised format may also be backed by ``torch.uint8``. ``max`` is
+    the largest finite value of a quantised format and ``nan`` the byte that every NaN becomes. A ``packed`` format
+    mixes element types. With neither, activations are copied verbatim.
     """
 
     name: str
     dtype: torch.dtype
     max: float | None = None
     nan: int | None = None
+    packed: Packed | None = None
 
     @property
     def quantised(self) -> bool:
-        """Whether values are divided by the cache's scale and rounded (True) or copied verbatim (False)."""
+        """Whether values are divided by the cache's scale and rounded."""
         return self.max is not None
+
+    @property
+    def activation(self) -> torch.dtype | None:
+        """The only dtype of activations that the format takes; None where it takes every one."""
+        return None if self.quantised else torch.bfloat16 if self.packed else self.dtype
 
     @property
     def storage_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -52,6 +76,10 @@ FORMATS: dict[str, Format] = {
         Format("fp8_e4m3fn", torch.float8_e4m3fn, max=448.0, nan=0x7F),
         Format("fp8_e4m3fnuz", torch.float8_e4m3fnuz, max=240.0, nan=0x80),
         Format("fp8_e5m2", torch.float8_e5m2, max=57344.0, nan=0x7F),
+        # Of a row: 512 latent codes, 4 fp32 scales, 64 bf16.
+        Format("fp8_ds_mla", torch.uint8, packed=Packed((512, 64), tile=128, row_bytes=656)),
+        # Of a block: its rows of 448 latent codes and 64 bf16, then for each row 7 exponents of scales and a zero byte.
+        Format("fp8_model1", torch.uint8, packed=Packed((448, 64), tile=64, row_bytes=584, block_multiple=576)),
     )
 }
 
@@ -77,11 +105,12 @@ class CacheLayout:
         kv_lora_rank: L, elements of the latent vector, at least 1.
         rope_dim: R, elements of the shared rope key; even, 0 for models without one.
         block_size: rows (tokens) in a block, at least 1.
-        format: a key of :data:`FORMATS`, or ``"fp8"`` for this machine's e4m3 kind.
+        format: a key of :data:`FORMATS`, or ``"fp8"`` for this machine's e4m3 kind. A packed one fixes kv_lora_rank,
+            rope_dim and placement (concat).
         placement: ``"concat"`` keeps latent and rope in one row of L + R elements; ``"split"`` in two tensors.
 
     Raises:
-        ValueError: a field is out of range or unknown.
+        ValueError: a field is out of range or unknown, or the format does not go with it.
     """
 
     kv_lora_rank: int = 512
@@ -100,6 +129,18 @@ class CacheLayout:
             raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
         if self.placement not in get_args(Placement):
             raise ValueError(f"placement: expected one of {get_args(Placement)}, got {self.placement!r}")
+        if self.packed is not None:
+            dims = (self.kv_lora_rank, self.rope_dim)
+            if dims != self.packed.dims:
+                expected = f"{self.packed.dims} for format {self.format}"
+                raise ValueError(f"(kv_lora_rank, rope_dim): expected {expected}, got {dims}")
+            if self.placement != "concat":
+                raise ValueError(f"placement: expected concat for format {self.format}, got {self.placement}")
+
+    @property
+    def packed(self) -> Packed | None:
+        """The measures of a packed format; None where the format is another."""
+        return FORMATS[self.format].packed
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,14 +149,16 @@ class CacheLayout:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one token takes, both parts together."""
+        """Bytes that one token takes, both parts and the scales of a packed format together."""
+        if self.packed is not None:
+            return self.packed.row_bytes
         return (self.kv_lora_rank + self.rope_dim) * self.dtype.itemsize
 
     def shapes(self, num_blocks: int) -> tuple[tuple[int, int, int], ...]:
         """The shape of each tensor of a cache of ``num_blocks`` blocks: one for concat, two for split."""
         widths: tuple[int, ...] = (self.kv_lora_rank, self.rope_dim)
         if self.placement == "concat":
-            widths = (sum(widths),)
+            widths = (self.row_bytes // self.dtype.itemsize,)
         return tuple((num_blocks, self.block_size, w) for w in widths)
 
     def allocate(
@@ -124,11 +167,17 @@ class CacheLayout:
         """A zeroed cache of ``num_blocks`` blocks on ``device``.
 
         ``scale`` is the dequantisation scale of a quantised format (stored = convert(x / scale)): a float, one fp32
-        element on ``device``, or None for 1.0.
+        element on ``device``, or None for 1.0. Blocks of fp8_model1 lie a multiple of 576 bytes apart.
         """
         if isinstance(scale, float | int):
             scale = torch.tensor([scale], dtype=torch.float32, device=device)
-        tensors = [torch.zeros(shape, dtype=self.dtype, device=device) for shape in self.shapes(num_blocks)]
+        tensors = []
+        for shape in self.shapes(num_blocks):
+            _, entries, width = shape
+            block, multiple = entries * width, self.packed and self.packed.block_multiple
+            padded = -(-block // multiple) * multiple if multiple else block
+            storage = torch.zeros((num_blocks, padded), dtype=self.dtype, device=device)
+            tensors.append(storage[:, :block].view(shape))
         return MLACache.wrap(tensors, self, scale)
 
 
@@ -139,10 +188,11 @@ class MLACache:
     Make one with :meth:`CacheLayout.allocate`, or around an engine's storage with :meth:`wrap`.
 
     Attributes:
-        data: [B, bs, >= L + R] (concat) or the latent tensor [B, bs, >= L] (split).
+        data: [B, bs, >= L + R] (concat), the latent tensor [B, bs, >= L] (split), or the bytes [B, bs, >= row_bytes]
+            of a packed format.
         rope_data: the rope tensor [B, bs, >= R] of a split cache, else None.
         layout: how to read them.
-        scale: one fp32 element on the same device, or None for 1.0; ignored by 16/32-bit formats.
+        scale: one fp32 element on the same device, or None for 1.0; ignored by 16/32-bit and packed formats.
         op_arguments: what the torch ops take of a cache: cache, rope_cache, scale (None where unused) and format.
     """
 
@@ -172,7 +222,8 @@ class MLACache:
             scale: one fp32 element on the same device, or None.
 
         Raises:
-            ValueError: a tensor's rank, shape, dtype or device, or the scale, contradicts the layout.
+            ValueError: a tensor's rank, shape, dtype or device, the distance of fp8_model1's entries, or the scale,
+                contradicts the layout.
         """
         parts = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         shapes = layout.shapes(parts[0].shape[0] if parts else 0)
@@ -189,6 +240,10 @@ class MLACache:
                 raise ValueError(f"tensors[{i}]: expected dtype {names} for format {layout.format}, got {part.dtype}")
             if part.device != parts[0].device:
                 raise ValueError(f"tensors[{i}]: expected device {parts[0].device}, got {part.device}")
+            packed = layout.packed
+            if packed and packed.block_multiple and view.shape[1] > 1 and view.stride(1) != packed.row_bytes:
+                expected = f"entries {packed.row_bytes} bytes apart, as scales lie after a block's rows"
+                raise ValueError(f"tensors[{i}]: expected {expected}, got {view.stride(1)}")
             views.append(view)
         if scale is not None and (
             scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != parts[0].device
@@ -205,13 +260,15 @@ class MLACache:
         return (self.data,) if self.rope_data is None else (self.data, self.rope_data)
 
     @property
-    def latent(self) -> torch.Tensor:
-        """The latent part of every row, a view [B, bs, L]."""
-        return self.data[..., : self.layout.kv_lora_rank]
+    def latent(self) -> torch.Tensor | None:
+        """The latent part of every row, a view [B, bs, L]; None for a packed format."""
+        return None if self.layout.packed else self.data[..., : self.layout.kv_lora_rank]
 
     @property
-    def rope(self) -> torch.Tensor:
-        """The rope part of every row, a view [B, bs, R]."""
+    def rope(self) -> torch.Tensor | None:
+        """The rope part of every row, a view [B, bs, R]; None for a packed format."""
+        if self.layout.packed:
+            return None
         if self.rope_data is not None:
             return self.rope_data[..., : self.layout.rope_dim]
         start = self.layout.kv_lora_rank
@@ -224,8 +281,13 @@ class MLACache:
         Its dtype is the format's own, also where ``torch.uint8`` holds the cache: AITER goes by the dtype.
 
         Raises:
-            ValueError: the placement is split, or blocks are padded, so that the rows are not evenly spaced.
+            ValueError: the format is packed, the placement is split, or blocks are padded, so that the rows are not
+                evenly spaced.
         """
+        if self.layout.packed:
+            raise ValueError(
+                f"MLACache.pages_of_one: format: expected one that is not packed, got {self.layout.format}"
+            )
         if self.rope_data is not None:
             raise ValueError("MLACache.pages_of_one: placement: expected concat, got split")
         blocks, block_size, _ = self.data.shape

@@ -1,8 +1,8 @@
 """The torch ops of the library: schemas and fakes, side by side. Implementations are registered by ``providers``.
 
 Every op exists twice: in namespace ``latentkv``, served by the provider chosen at import, and in ``latentkv_native``,
-where the compiled kernels can always be reached. All of them work in place on the arguments declared as mutated,
-return nothing, and can be captured in CUDA graphs.
+where the compiled kernels can always be reached. All of them write to the arguments declared as mutated, return
+nothing, and can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,19 +24,33 @@ SCHEMAS = (
     "rope_write_cache_(Tensor? positions, Tensor(a!) q_pe, Tensor(b!) k_pe, Tensor kv_c, Tensor? cos_sin_cache,"
     " Tensor slot_mapping, Tensor(c!) cache, Tensor(d!)? rope_cache, Tensor? scale, str format, bool is_neox,"
     " bool rope_masked=False) -> ()",
+    "decode_prologue(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor? positions, Tensor? cos_sin_cache,"
+    " Tensor slot_mapping, Tensor(a!) cache, Tensor(b!)? rope_cache, Tensor? scale, str format, Tensor(c!) q_out,"
+    " Tensor(d!)? q_rope_out, Tensor(e!)? kv_c_out, Tensor? q_scale, Tensor? kv_norm_weight, bool is_neox,"
+    " float kv_norm_eps=1e-6, bool rope_masked=True) -> ()",
+    "write_cache_grouped_(Tensor[] kv_c, Tensor[] k_pe, Tensor slot_mapping, Tensor(a!)[] caches,"
+    " Tensor(b!)[] rope_caches, Tensor?[] scales, str format) -> ()",
+    "write_indexer_cache_(Tensor k, Tensor? positions, Tensor? cos_sin_cache, Tensor slot_mapping, Tensor(a!) cache,"
+    " bool is_neox, bool power_of_two_scale=False) -> ()",
 )
 OP_NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+LEADS = ("kv_c", "kv_c[0]", "q", "k")  # of an op's arguments, the first of these says where the others must lie
 
 
 def _fake(name: str, schema: str) -> Callable[..., None]:
     """The fake of an op: nothing is returned, so all it can tell is that the tensors lie on one device."""
     names = [argument.name for argument in torch._C.parse_schema(schema).arguments]
-    lead = "kv_c" if "kv_c" in names else "q"
 
     def fake(*args: object) -> None:
-        tensors = {n: t for n, t in zip(names, args, strict=False) if isinstance(t, torch.Tensor)}
+        tensors = {}
+        for argument, value in zip(names, args, strict=False):
+            if isinstance(value, torch.Tensor):
+                tensors[argument] = value
+            elif isinstance(value, list | tuple):
+                tensors |= {f"{argument}[{i}]": t for i, t in enumerate(value) if isinstance(t, torch.Tensor)}
+        lead = next(tensors[argument] for argument in (*LEADS, *tensors) if argument in tensors)
         for argument, t in tensors.items():
-            Arguments(name, tensors[lead].device).on_device(argument, t)
+            Arguments(name, lead.device).on_device(argument, t)
 
     return fake
 

@@ -1,7 +1,8 @@
 """vLLM's names and signatures (those of 0.33) on latentkv's ops, so that an engine can switch by an import.
 
 They differ from vLLM's own ops where the contract of latentkv does: RoPE is computed in fp32 and rounded once, the
-cos/sin table may have any floating dtype, every block size works, and bad arguments raise.
+cos/sin table may have any floating dtype, every block size works, and bad arguments raise. The tiles of fp8_ds_mla are
+e4m3fn on every platform, where vLLM's are FNUZ on gfx942.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..platform import Platform
 
 __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_embedding"]
 
-_FORMATS = {"bfloat16": "bf16", "float16": "fp16", "fp8_e5m2": "fp8_e5m2"}
+_FORMATS = {"bfloat16": "bf16", "float16": "fp16", "fp8_e5m2": "fp8_e5m2", "fp8_ds_mla": "fp8_ds_mla"}
 
 
 def _format(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
@@ -47,8 +48,8 @@ def concat_and_cache_mla_rope_fused(
     See :meth:`latentkv.providers.Provider.rope_write_cache_`; masked rows (slot -1) are not rotated, as in vLLM.
 
     Args:
-        kv_cache_dtype: auto, bfloat16, float16, fp8, fp8_e4m3 or fp8_e5m2.
-        kv_cache_scale: one fp32 element; ignored by 16-bit rows.
+        kv_cache_dtype: auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2 or fp8_ds_mla (rows of 656 bytes).
+        kv_cache_scale: one fp32 element; ignored by 16-bit and fp8_ds_mla rows.
 
     Raises:
         ValueError: unknown kv_cache_dtype.

@@ -7,14 +7,16 @@ that comparing whole buffers finds a wrong byte as well as one that should not h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..layouts import FORMATS, CacheLayout, MLACache
+from ..layouts import FORMATS, CacheLayout, MLACache, Placement
+from ..ops import OP_NAMES
 from ..providers import Provider
 from ..rope_table import build_cos_sin_cache
 from .compare import first_difference, poisoned
@@ -22,9 +24,12 @@ from .compare import first_difference, poisoned
 Rope = Literal["gptj", "neox", "none"]
 Strides = Literal["contiguous", "sliced", "transposed", "unaligned"]
 Rows = Literal["full", "padded", "masked", "rotate-masked"]
+Normalised = Literal["none", "apart", "in-place"]
 
 ACTIVATIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_POSITION = 96
+_OFFSETS: dict[Strides, int] = {"contiguous": 0, "sliced": 16, "transposed": 0, "unaligned": 1}  # of a view's start
+_GAPS: dict[Strides, int] = {"contiguous": 0, "sliced": 16, "transposed": 0, "unaligned": 1}  # between heads or rows
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,12 @@ class Case:
     """One point of the matrix.
 
     Attributes:
-        op: rope_, write_cache_ or rope_write_cache_.
-        layout: of the cache.
+        op: the name of an op.
+        layout: of the cache. The indexer's has 128 elements, of which rope_dim are rotated, and its format is not used.
         activation: dtype of the activations, a key of :data:`ACTIVATIONS`.
         rope: how pairs lie, or none for models without rotation.
-        strides: how q_pe, k_pe and kv_c lie: contiguous; slices of wider projections; q as [H, N, R] transposed;
-            or at odd offsets and strides that rule out 16-byte access.
+        strides: how q_pe, k_pe, kv_c, q_nope and the indexer's k lie: contiguous; slices of wider projections; queries
+            as [H, N, .] transposed; or at odd offsets and strides that rule out 16-byte access.
         rows: full (T = N, slots all valid); padded (T < N); masked (some slots -1, left alone); rotate-masked.
         table: dtype of the cos/sin table.
         index: dtype of positions and slots.
@@ -46,6 +51,15 @@ class Case:
         pages: B, 1, bs, C tensors with padded blocks at a storage offset, instead of packed B, bs, C.
         scale: dequantisation scale, or None.
         inverse: turn back by the negative angle, which only rope_ can.
+        query: the fp8 format of decode_prologue's q_out, or None for the activations' dtype.
+        q_scale: its scale, or None.
+        outputs: how q_out, q_rope_out and kv_c_out lie, in the words of ``strides``.
+        split: the query's rope part is an output of its own.
+        in_place: q_nope already lies in q_out.
+        norm: dtype of RMSNorm's weight, a key of :data:`ACTIVATIONS`, or None for no norm.
+        normalised: what takes the normalised vectors: nothing, a tensor apart, or kv_c itself.
+        layers: G of write_cache_grouped_; each layer has strides, pages and a scale of its own.
+        power_of_two: the scales of the indexer's keys.
     """
 
     op: str
@@ -62,6 +76,15 @@ class Case:
     pages: bool = False
     scale: float | None = 0.37
     inverse: bool = False
+    query: str | None = None
+    q_scale: float | None = None
+    outputs: Strides = "contiguous"
+    split: bool = False
+    in_place: bool = False
+    norm: str | None = None
+    normalised: Normalised = "none"
+    layers: int = 1
+    power_of_two: bool = False
 
     def __str__(self) -> str:
         lay = self.layout
@@ -72,7 +95,13 @@ class Case:
             *(["bytes"] if self.as_bytes else []),
             *(["pages"] if self.pages else []),
             *(["inverse"] if self.inverse else []),
+            *([f"layers-{self.layers}"] if self.layers > 1 else []),
+            *(["power-of-two"] if self.power_of_two else []),
         ]
+        if self.op == "decode_prologue":
+            parts += [f"q-{self.query or self.activation}", f"out-{self.outputs}"]
+            parts += [word for word, is_so in (("split", self.split), ("in-place", self.in_place)) if is_so]
+            parts += [f"norm-{self.norm}-{self.normalised}"] if self.norm else []
         return "-".join(parts)
 
 
@@ -89,16 +118,12 @@ class Problem:
         case, lay = self.case, self.case.layout
         self._random = torch.Generator().manual_seed(self.seed)
         self.buffers = {}
+        self._more_layers: list[tuple[Tensor, Tensor, MLACache]] = []
         n, h, latent, rope = case.tokens, case.heads, lay.kv_lora_rank, lay.rope_dim
         dtype = ACTIVATIONS[case.activation]
-        self.q_pe = self._values("q_pe", (n, h, rope), self._q_strides(), dtype)
-        if case.strides == "contiguous":
-            self.kv_c = self._values("kv_c", (n, latent), (latent, 1), dtype)
-            self.k_pe = self._values("k_pe", (n, rope), (rope, 1), dtype)
-        else:  # both in the rows of one projection, as engines have them
-            width = latent + rope + (3 if case.strides == "unaligned" else 8)
-            projection = self._values("kv", (n, width), (width, 1), dtype)
-            self.kv_c, self.k_pe = projection[:, :latent], projection[:, latent : latent + rope]
+        q_gap = {"sliced": 2 * rope, "unaligned": 1}.get(case.strides, 0)
+        self.q_pe = self._values("q_pe", (n, h, rope), self._head_strides(case.strides, rope, q_gap), dtype)
+        self.kv_c, self.k_pe = self._projection("", case.strides)
         table_dtype = ACTIVATIONS[case.table]
         self.table = None
         if case.rope != "none" and rope:
@@ -117,12 +142,64 @@ class Problem:
         if case.rows == "padded":
             slots = slots[: n // 2]
         self.slots = slots.to(self.device)
-        self.cache = self._cache(blocks)
+        if case.op == "write_indexer_cache_":
+            self.k = self._values("k", (n, 128), (128 + _GAPS[case.strides], 1), dtype)
+            self.index_cache = self._pages("cache0", (blocks, lay.block_size, 132), torch.uint8, case.pages, run=True)
+            return
+        self.cache = self._cache("", blocks, case.pages, case.scale)
+        for i in range(1, case.layers):
+            strides = _STRIDES[(_STRIDES.index(case.strides) + i % 2) % 4]
+            scale = (case.scale, None, 0.25 * i)[i % 3]
+            kv_c, k_pe = self._projection(f"/{i}", strides)
+            self._more_layers.append((kv_c, k_pe, self._cache(f"/{i}", blocks, case.pages != (i % 2 == 1), scale)))
+        if case.op == "decode_prologue":
+            self._prologue(dtype, latent, rope)
 
-    def _q_strides(self) -> tuple[int, int, int]:
-        n, h, r = self.case.tokens, self.case.heads, self.case.layout.rope_dim
-        head = {"sliced": 3 * r, "unaligned": r + 1}.get(self.case.strides, r)
-        return (r, n * r, 1) if self.case.strides == "transposed" else (h * head, head, 1)
+    def _prologue(self, dtype: torch.dtype, latent: int, rope: int) -> None:
+        """What decode_prologue takes besides: q_nope, the outputs, the norm's weight, the query's scale."""
+        case, n, h = self.case, self.case.tokens, self.case.heads
+        gap, out_gap = _GAPS[case.strides], _GAPS[case.outputs]
+        self.q_nope = None
+        if not case.in_place:
+            self.q_nope = self._values("q_nope", (n, h, latent), self._head_strides(case.strides, latent, gap), dtype)
+        kind = FORMATS[case.query].dtype if case.query else dtype
+        self.q_rope_out: Tensor | None = None
+        if case.split and case.outputs == "contiguous":
+            self.q_out = self._view("q_out", (n, h, latent), (h * latent, latent, 1), kind, 0)
+            self.q_rope_out = self._view("q_rope_out", (n, h, rope), (h * rope, rope, 1), kind, 0)
+        else:
+            strides = self._head_strides(case.outputs, latent + rope, out_gap)
+            self.q_out = self._view("q_out", (n, h, latent + rope), strides, kind, _OFFSETS[case.outputs])
+            if case.split:
+                self.q_out, self.q_rope_out = self.q_out[..., :latent], self.q_out[..., latent:]
+        if case.in_place:
+            own = self._draw((n, h, latent)).to(kind).to(self.device)
+            as_bytes = kind.itemsize == 1  # torch does not copy fp8 everywhere
+            nope = self.q_out[..., :latent]
+            (nope.view(torch.uint8) if as_bytes else nope).copy_(own.view(torch.uint8) if as_bytes else own)
+        self.weight = self.kv_c_out = None
+        if case.norm:
+            self.weight = self._values("weight", (latent,), (1,), ACTIVATIONS[case.norm])
+        if case.normalised == "apart":
+            self.kv_c_out = self._view("kv_c_out", (n, latent), (latent + out_gap, 1), dtype, _OFFSETS[case.outputs])
+        elif case.normalised == "in-place":
+            self.kv_c_out = self.kv_c
+        self.q_scale = None if case.q_scale is None else torch.tensor([case.q_scale], device=self.device)
+
+    def _head_strides(self, strides: Strides, width: int, gap: int) -> tuple[int, int, int]:
+        n, h, head = self.case.tokens, self.case.heads, width + gap
+        return (width, n * width, 1) if strides == "transposed" else (h * head, head, 1)
+
+    def _projection(self, suffix: str, strides: Strides) -> tuple[Tensor, Tensor]:
+        """kv_c and k_pe, both in the rows of one projection, as engines have them, unless they are contiguous."""
+        n, latent, rope = self.case.tokens, self.case.layout.kv_lora_rank, self.case.layout.rope_dim
+        dtype = ACTIVATIONS[self.case.activation]
+        if strides == "contiguous":
+            kv_c = self._values(f"kv_c{suffix}", (n, latent), (latent, 1), dtype)
+            return kv_c, self._values(f"k_pe{suffix}", (n, rope), (rope, 1), dtype)
+        width = latent + rope + (3 if strides == "unaligned" else 8)
+        projection = self._values(f"kv{suffix}", (n, width), (width, 1), dtype)
+        return projection[:, :latent], projection[:, latent : latent + rope]
 
     def _view(
         self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, offset: int
@@ -133,43 +210,72 @@ class Problem:
         self.buffers[name] = buffer
         return buffer.view(dtype).as_strided(shape, strides, offset)
 
-    def _values(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _draw(self, shape: tuple[int, ...]) -> Tensor:
         """Values of all magnitudes: fp8 rounds, saturates and goes subnormal on them."""
         exponents = torch.randint(-14, 12, shape, generator=self._random).float()
-        values = torch.randn(shape, generator=self._random) * 2.0 ** (exponents / 2)
-        offset = {"sliced": 16, "unaligned": 1}.get(self.case.strides, 0)
-        view = self._view(name, shape, strides, dtype, offset)
-        view.copy_(values)
+        return torch.randn(shape, generator=self._random) * 2.0 ** (exponents / 2)
+
+    def _values(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        view = self._view(name, shape, strides, dtype, _OFFSETS[self.case.strides])
+        view.copy_(self._draw(shape))
         return view
 
-    def _cache(self, blocks: int) -> MLACache:
+    def _cache(self, suffix: str, blocks: int, pages: bool, value: float | None) -> MLACache:
         case, lay = self.case, self.case.layout
         dtype = torch.uint8 if case.as_bytes and FORMATS[lay.format].quantised else lay.dtype
-        tensors = []
-        for i, (_, entries, width) in enumerate(lay.shapes(blocks)):
-            if case.pages:
-                row = width + (3 if case.strides == "unaligned" else 16)
-                strides = (entries * row + 32, entries * row, row, 1)
-                tensors.append(self._view(f"cache{i}", (blocks, 1, entries, width), strides, dtype, 32))
-            else:
-                shape = (blocks, entries, width)
-                tensors.append(self._view(f"cache{i}", shape, (entries * width, width, 1), dtype, 0))
-        scale = None if case.scale is None else torch.tensor([case.scale], device=self.device)
+        run = lay.packed is not None and lay.packed.block_multiple is not None
+        tensors = [
+            self._pages(f"cache{i}{suffix}", shape, dtype, pages, run) for i, shape in enumerate(lay.shapes(blocks))
+        ]
+        scale = None if value is None else torch.tensor([value], device=self.device)
         return MLACache.wrap(tensors, lay, scale)
 
+    def _pages(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, pages: bool, run: bool) -> Tensor:
+        """A cache tensor; ``run`` where the rows of a block must follow one another. Bytes keep to multiples of 4."""
+        blocks, entries, width = shape
+        if not pages:
+            return self._view(name, shape, (entries * width, width, 1), dtype, 0)
+        mixed = run or self.case.layout.packed is not None
+        gap = (4 if mixed else 3) if self.case.strides == "unaligned" else 16
+        row = width if run else width + gap
+        strides = (entries * row + (gap if run else 32), entries * row, row, 1)
+        return self._view(name, (blocks, 1, entries, width), strides, dtype, 32)
+
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor, MLACache]]:
+        """kv_c, k_pe and the cache of each layer."""
+        return [(self.kv_c, self.k_pe, self.cache), *self._more_layers]
+
     def run(self, provider: Provider) -> None:
-        """Computes the case's op in place."""
-        neox = self.case.rope == "neox"
-        if self.case.op == "rope_":
+        """Computes the case's op."""
+        case, neox = self.case, self.case.rope == "neox"
+        masked = case.rows == "rotate-masked"
+        if case.op == "rope_":
             assert self.positions is not None and self.table is not None, "rope_ needs a rotation"
-            provider.rope_(self.positions, self.q_pe, self.k_pe, self.table, is_neox=neox, inverse=self.case.inverse)
-        elif self.case.op == "write_cache_":
+            provider.rope_(self.positions, self.q_pe, self.k_pe, self.table, is_neox=neox, inverse=case.inverse)
+        elif case.op == "write_cache_":
             provider.write_cache_(self.kv_c, self.k_pe, self.slots, self.cache)
-        else:
+        elif case.op == "rope_write_cache_":
             provider.rope_write_cache_(
                 self.positions, self.q_pe, self.k_pe, self.kv_c, self.table, self.slots, self.cache,
-                is_neox=neox, rope_masked=self.case.rows == "rotate-masked",
+                is_neox=neox, rope_masked=masked,
             )  # fmt: skip
+        elif case.op == "decode_prologue":
+            provider.decode_prologue(
+                self.q_nope, self.q_pe, self.kv_c, self.k_pe, self.positions, self.table, self.slots, self.cache,
+                is_neox=neox, q_out=self.q_out, q_rope_out=self.q_rope_out, kv_c_out=self.kv_c_out,
+                q_scale=self.q_scale, kv_norm_weight=self.weight, rope_masked=masked,
+            )  # fmt: skip
+        elif case.op == "write_cache_grouped_":
+            kv_c, k_pe, caches = zip(*self.layers, strict=True)
+            provider.write_cache_grouped_(kv_c, k_pe, self.slots, caches)
+        elif case.op == "write_indexer_cache_":
+            provider.write_indexer_cache_(
+                self.k, self.positions, self.table, self.slots, self.index_cache,
+                is_neox=neox, power_of_two_scale=case.power_of_two,
+            )  # fmt: skip
+        else:
+            raise ValueError(f"Case: op: expected one of {', '.join(OP_NAMES)}, got {case.op!r}")
 
     def differences(self, other: Problem) -> list[str]:
         """One line per buffer in which a byte differs from ``other``'s; the first bad coordinate in each."""
@@ -205,71 +311,208 @@ def devices() -> list[str]:
 
 
 def formats_for(activation: str) -> list[str]:
-    """The formats that take activations of a dtype: its own, and every quantised one."""
-    return [name for name, f in FORMATS.items() if f.quantised or f.dtype == ACTIVATIONS[activation]]
+    """The formats that take activations of a dtype: its own, every quantised one, and bf16's the packed ones."""
+    return [name for name, f in FORMATS.items() if f.activation in (None, ACTIVATIONS[activation])]
 
 
 # Latent and rope dimensions and block size: DeepSeek, Mistral-4, a small odd one, one without a rope part.
 _DIMS = ((512, 64, 64), (256, 64, 16), (512, 64, 1), (17, 6, 3), (96, 32, 16), (64, 0, 16))
+_PROLOGUE_DIMS = ((512, 64, 64), (256, 64, 16), (448, 64, 1), (17, 6, 3), (264, 32, 16), (7, 2, 5), (64, 0, 16))
+_STRIDES: tuple[Strides, ...] = ("contiguous", "sliced", "transposed", "unaligned")
+_ROPES: tuple[Rope, ...] = ("gptj", "neox", "none")
+_ROWS: tuple[Rows, ...] = ("full", "padded", "masked", "rotate-masked")
+_NORMS: tuple[tuple[str | None, Normalised], ...] = (
+    *((None, "none"), ("own", "none"), ("fp32", "apart"), ("own", "in-place"), ("fp32", "none"), ("own", "apart")),
+    ("fp32", "in-place"),
+)
+
+
+_QUERIES = tuple(name for name, f in FORMATS.items() if f.quantised)
+
+
+def _written() -> list[tuple[str, str, Placement]]:
+    """Each activation dtype with each format that takes it, in each placement that the format has."""
+    return [
+        (activation, fmt, placement)
+        for activation in ACTIVATIONS
+        for fmt in formats_for(activation)
+        for placement in get_args(Placement)
+        if placement == "concat" or not FORMATS[fmt].packed
+    ]
+
+
+def _unpacked() -> list[tuple[str, str]]:
+    return [(a, f) for a in ACTIVATIONS for f in formats_for(a) if not FORMATS[f].packed]
+
+
+def _layout(dims: tuple[int, int, int], fmt: str, placement: Placement) -> CacheLayout:
+    packed = FORMATS[fmt].packed
+    latent, rope_dim = packed.dims if packed else dims[:2]
+    return CacheLayout(latent, rope_dim, dims[2], fmt, placement)
+
+
+def _picker(number: int) -> Callable[[Sequence[Any]], Any]:
+    """Chooses from one axis after another for the case of that number.
+
+    Every axis goes round at a rate of its own. The rates are square roots of primes, so that no two fall in step.
+    """
+    rates = iter((2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
+    return lambda values: values[int(number * math.sqrt(next(rates)) % 1 * len(values))]
 
 
 def matrix() -> Iterator[Case]:
-    """The shared matrix: op x activation x format x placement x rope style x strides x rows, in full.
+    """The shared matrix.
 
-    Dimensions, block sizes, table and index dtypes, page shapes and uint8 backing go round with the cases, at periods
-    that share no factor, so that each meets each.
-
-    Then rope_ alone: activation x rope style x strides x table, every other pair of cases inverse. Last, rows so long
-    that a GPU's lanes pass over them more than once: activation x format x rope style x strides.
+    write_cache_ and rope_write_cache_: activation x format x placement x rope style x strides x rows, in full;
+    decode_prologue: the same with half of the rows. Then the other ops, and rows so long that a GPU's lanes pass over
+    them more than once. Dimensions, block sizes, table and index dtypes, page shapes, uint8 backing and all else that
+    an op has go round with the cases, so that each meets each.
     """
-    axes = itertools.product(
-        ("rope_write_cache_", "write_cache_"),
-        [(a, f) for a in ACTIVATIONS for f in formats_for(a)],
-        ("concat", "split"),
-        ("gptj", "neox", "none"),
-        ("contiguous", "sliced", "transposed", "unaligned"),
-        ("full", "padded", "masked", "rotate-masked"),
-    )
-    number = 0
-    for op, (activation, fmt), placement, rope, strides, rows in axes:
+    yield from _in_place()
+    yield from _rope_alone()
+    yield from _long_rows()
+    yield from _prologues()
+    yield from _long_prologues()
+    yield from _grouped()
+    yield from _indexer()
+
+
+def _in_place() -> Iterator[Case]:
+    axes = itertools.product(("rope_write_cache_", "write_cache_"), _written(), _ROPES, _STRIDES, _ROWS)
+    for number, (op, (activation, fmt, placement), rope, strides, rows) in enumerate(axes):
         if op == "write_cache_" and (rope != "none" or rows == "rotate-masked"):
             continue
-        number += 1
-        latent, rope_dim, block_size = _DIMS[number % 5 if rope != "none" else number % 6]
+        pick = _picker(number)
         yield Case(
             op=op,
-            layout=CacheLayout(latent, rope_dim, block_size, fmt, placement),  # type: ignore[arg-type]
+            layout=_layout(pick(_DIMS[: 5 if rope != "none" else 6]), fmt, placement),
             activation=activation,
-            rope=rope,  # type: ignore[arg-type]
-            strides=strides,  # type: ignore[arg-type]
-            rows=rows,  # type: ignore[arg-type]
-            table=list(ACTIVATIONS)[number // 5 % 3],
-            index=(torch.int64, torch.int32)[number // 7 % 2],
-            tokens=(5, 1, 33)[number // 11 % 3],
-            heads=(3, 16, 1, 130)[number // 13 % 4],
-            as_bytes=number // 3 % 2 == 1,
-            pages=number // 2 % 2 == 1,
-            scale=(0.37, None, 2.0**-3)[number // 17 % 3],
+            rope=rope,
+            strides=strides,
+            rows=rows,
+            table=pick(list(ACTIVATIONS)),
+            index=pick((torch.int64, torch.int32)),
+            tokens=pick((5, 1, 33)),
+            heads=pick((3, 16, 1, 130)),
+            as_bytes=pick((False, True)),
+            pages=pick((False, True)),
+            scale=pick((0.37, None, 2.0**-3)),
         )
-    for activation, rope, strides, table in itertools.product(
-        ACTIVATIONS, ("gptj", "neox"), ("contiguous", "sliced", "transposed", "unaligned"), ACTIVATIONS
-    ):
-        number += 1
+
+
+def _rope_alone() -> Iterator[Case]:
+    """rope_: activation x rope style x strides x table, every other pair of cases inverse."""
+    axes = itertools.product(ACTIVATIONS, _ROPES[:2], _STRIDES, ACTIVATIONS)
+    for number, (activation, rope, strides, table) in enumerate(axes):
         layout = CacheLayout(8, (64, 32, 6, 128, 16)[number % 5], 16)
         yield Case(
-            "rope_", layout, activation, rope, strides,  # type: ignore[arg-type]
+            "rope_", layout, activation, rope, strides,
             table=table, tokens=7, heads=(16, 3)[number % 2], inverse=number // 2 % 2 == 1,
         )  # fmt: skip
-    long = [(a, f) for a in ACTIVATIONS for f in formats_for(a)]
-    for i, (j, rope), (k, strides) in itertools.product(
-        range(len(long)), enumerate(("gptj", "neox")), enumerate(("contiguous", "unaligned"))
+
+
+def _long_rows() -> Iterator[Case]:
+    """rope_write_cache_: activation x format x rope style x strides."""
+    for (i, (activation, fmt)), (j, rope), (k, strides) in itertools.product(
+        enumerate(_unpacked()), enumerate(_ROPES[:2]), enumerate((_STRIDES[0], _STRIDES[3]))
     ):
-        activation, fmt = long[i]
-        layout = CacheLayout(1024, 1024, 4, fmt, ("concat", "split")[(i + j + k) % 2])
+        layout = CacheLayout(1024, 1024, 4, fmt, get_args(Placement)[(i + j + k) % 2])
+        table = list(ACTIVATIONS)[(i + j) % 3]
+        yield Case("rope_write_cache_", layout, activation, rope, strides, table=table, tokens=3, heads=2)
+
+
+def _prologues() -> Iterator[Case]:
+    axes = itertools.product(_written(), _ROPES, _STRIDES, (_ROWS[:2], _ROWS[2:]))
+    for number, ((activation, fmt, placement), rope, strides, rows) in enumerate(axes):
+        pick = _picker(number)
+        tokens, heads = pick(((5, 3), (1, 16), (3, 1), (9, 2), (17, 3), (1, 130), (2, 5)))
+        norm, normalised = pick(_NORMS)
         yield Case(
-            "rope_write_cache_", layout, activation, rope, strides,  # type: ignore[arg-type]
-            table=list(ACTIVATIONS)[(i + j) % 3], tokens=3, heads=2,
-        )  # fmt: skip
+            op="decode_prologue",
+            layout=_layout(pick(_PROLOGUE_DIMS[: 6 if rope != "none" else 7]), fmt, placement),
+            activation=activation,
+            rope=rope,
+            strides=strides,
+            rows=pick(rows),
+            table=pick(list(ACTIVATIONS)),
+            index=pick((torch.int64, torch.int32)),
+            tokens=tokens,
+            heads=heads,
+            as_bytes=pick((False, True)),
+            pages=pick((False, True)),
+            scale=pick((0.37, None, 2.0**-3)),
+            query=pick((None, *_QUERIES)),
+            q_scale=pick((0.37, None, 2.0**-3)),
+            outputs=pick(_STRIDES),
+            split=pick((False, True)),
+            in_place=pick((False, False, True)),
+            norm=activation if norm == "own" else norm,
+            normalised=normalised,
+        )
+
+
+def _long_prologues() -> Iterator[Case]:
+    """activation x format x strides."""
+    axes = itertools.product(_unpacked(), (_STRIDES[0], _STRIDES[3]))
+    for number, ((activation, fmt), strides) in enumerate(axes):
+        pick = _picker(number)
+        norm, normalised = pick(_NORMS)
+        yield Case(
+            op="decode_prologue",
+            layout=CacheLayout(1024, 1024, 4, fmt, pick(get_args(Placement))),
+            activation=activation,
+            rope=pick(_ROPES[:2]),
+            strides=strides,
+            table=pick(list(ACTIVATIONS)),
+            tokens=2,
+            heads=2,
+            query=pick((None, *_QUERIES)),
+            outputs=strides,
+            split=pick((False, True)),
+            norm=activation if norm == "own" else norm,
+            normalised=normalised,
+        )
+
+
+def _grouped() -> Iterator[Case]:
+    """write_cache_grouped_: activation x format x placement x strides."""
+    for number, ((activation, fmt, placement), strides) in enumerate(itertools.product(_written(), _STRIDES)):
+        pick = _picker(number)
+        layers, tokens = pick(((2, 5), (5, 1), (1, 17), (3, 5), (40, 2)))
+        yield Case(
+            op="write_cache_grouped_",
+            layout=_layout(pick(_DIMS), fmt, placement),
+            activation=activation,
+            rope="none",
+            strides=strides,
+            rows=pick(_ROWS[:3]),
+            index=pick((torch.int64, torch.int32)),
+            tokens=tokens,
+            as_bytes=pick((False, True)),
+            pages=pick((False, True)),
+            scale=pick((0.37, None, 2.0**-3)),
+            layers=layers,
+        )
+
+
+def _indexer() -> Iterator[Case]:
+    """write_indexer_cache_: activation x rope style x strides x rows."""
+    axes = itertools.product(ACTIVATIONS, _ROPES, ("contiguous", "sliced", "unaligned"), _ROWS[:3])
+    for number, (activation, rope, strides, rows) in enumerate(axes):
+        pick = _picker(number)
+        yield Case(
+            op="write_indexer_cache_",
+            layout=CacheLayout(128, pick((64, 128, 2, 32, 6)), pick((64, 16, 1, 3)), "fp8_e4m3fn"),
+            activation=activation,
+            rope=rope,
+            strides=strides,  # type: ignore[arg-type]
+            rows=rows,
+            table=pick(list(ACTIVATIONS)),
+            index=pick((torch.int64, torch.int32)),
+            tokens=pick((5, 1, 17)),
+            pages=pick((False, True)),
+            power_of_two=pick((False, True)),
+        )
 
 
 def for_layout(layout: CacheLayout) -> Iterator[Case]:
@@ -280,3 +523,9 @@ def for_layout(layout: CacheLayout) -> Iterator[Case]:
             yield base
             yield replace(base, rope="neox", rows="masked", table=activation, pages=True)
             yield replace(base, op="write_cache_", strides="unaligned", rows="padded", index=torch.int32)
+            yield replace(base, op="write_cache_grouped_", layers=3, tokens=5)
+            base = replace(base, op="decode_prologue", strides="transposed", tokens=5, heads=4)
+            yield replace(
+                base, norm="fp32", normalised="apart", query=layout.format if FORMATS[layout.format].quantised else None
+            )
+            yield replace(base, rope="neox", rows="rotate-masked", split=True, in_place=True, pages=True)
