@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: install, matrix, sanitizers, benchmark. Results go to the folder OUT.
+# Everything that needs a GPU, in one go: install, matrix, sanitizers, benchmarks. Results go to the folder OUT.
 #
-#   OUT=/tmp/out benchmarks/gpu.sh [PATH_OF_VLLM_OPS_LIBRARY]
+#   OUT=/tmp/out benchmarks/gpu.sh [PATH_OF_VLLM_OPS_LIBRARY [FOLDER_THAT_HOLDS_FLASHINFER]]
 #
 # Needs torch >= 2.10 with CUDA, nvcc, cmake >= 3.26, ninja, scikit-build-core and the test dependencies; no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?names the folder for the results}"
-vllm=${1:-}
+peers=(${1:+--vllm-library "$1"} ${2:+--peer flashinfer})
+flashinfer=${2:-}
 
 start=$(date +%s)
 python3 -m pip install --quiet --no-build-isolation --no-deps --no-index --target "$OUT/../latentkv-site" --upgrade .
@@ -24,4 +25,9 @@ for tool in memcheck initcheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 --print-limit 5 \
     python3 "$repo/benchmarks/sanitize.py" 2>&1 | tee "$OUT/$tool.txt" | tail -n 8
 done
-latentkv bench --csv "$OUT/bench.csv" ${vllm:+--peer vllm --vllm-library "$vllm"} 2>&1 | tee "$OUT/bench.txt"
+export PYTHONPATH="$PYTHONPATH${flashinfer:+:$flashinfer}"
+for op in rope_ write_cache_ rope_write_cache_ decode_prologue write_cache_grouped_ write_indexer_cache_; do
+  latentkv bench --op $op --csv "$OUT/$op.csv" "${peers[@]}"
+done 2>&1 | tee "$OUT/bench.txt"
+latentkv bench --op write_cache_ --model deepseek-v4 --formats fp8_model1 --csv "$OUT/write_cache_model1.csv" \
+  "${peers[@]}" 2>&1 | tee -a "$OUT/bench.txt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,35 +13,48 @@ from torch import Tensor
 from .. import providers
 from ..layouts import CacheLayout
 from ..models import Model
-from .contenders import (
-    FUSED,
-    VLLM,
-    Contender,
-    PeerError,
-    compiled,
-    first_line,
-    pair_call,
-    provider_call,
-    torch_op_call,
+from .contenders import FUSED, Contender, PeerError, compiled, layer_calls, pair_call, provider_call, torch_op_call
+from .inputs import (
+    GROUPED,
+    INDEXER,
+    PROLOGUE,
+    QUERYLESS,
+    VARIANTS,
+    Inputs,
+    Update,
+    activation_dtype,
+    bytes_moved,
+    random_inputs,
+    rope_table,
+    table_dtype,
 )
-from .inputs import Inputs, activation_dtype, bytes_moved, rope_table
-from .results import Row, device_name, environment, plot, read_csv, write_csv
+from .peers import VLLM, FlashInfer, Peer, first_line
+from .results import Row, device_name, environment, plot, read_csv, summary, write_csv
 from .timing import INPUT_SETS, Timing, empty_kernel, streamed_bandwidth, time_calls, time_host
 
 __all__ = [
     "FUSED",
+    "INDEXER",
+    "PROLOGUE",
+    "QUERYLESS",
+    "VARIANTS",
     "VLLM",
     "Bench",
+    "FlashInfer",
     "Inputs",
+    "Peer",
     "PeerError",
     "Row",
     "Timing",
+    "Update",
+    "activation_dtype",
     "device_name",
     "environment",
     "plot",
     "provider_call",
     "read_csv",
     "rope_table",
+    "summary",
     "time_calls",
     "write_csv",
 ]
@@ -60,7 +73,7 @@ class Bench:
 
     model: Model
     device: torch.device
-    peers: Sequence[VLLM] = ()
+    peers: Sequence[Peer] = ()
     compiled: bool = False
     streamed_gb_s: float = field(init=False)
     empty_us: float | None = field(init=False)
@@ -71,18 +84,18 @@ class Bench:
         self.empty_us = empty_kernel(self.device)
         self._tables: dict[torch.dtype, Tensor | None] = {}
 
-    def inputs(self, heads: int, tokens: int, layout: CacheLayout, seed: int = 0) -> Inputs:
-        """Random arguments, equal for equal seeds: slots scattered over a cache of twice the tokens."""
-        dtype = activation_dtype(layout)
+    @property
+    def rotates(self) -> bool:
+        """Whether the model turns anything."""
+        return self.model.rope is not None
+
+    def inputs(self, op: str, heads: int, tokens: int, layout: CacheLayout, variant: str = "", seed: int = 0) -> Inputs:
+        """Random arguments, equal for equal seeds."""
+        dtype = table_dtype(op, layout)
         if dtype not in self._tables:
-            self._tables[dtype] = rope_table(self.model, layout, self.device)
-        table = self._tables[dtype]
+            self._tables[dtype] = rope_table(self.model, dtype, self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
-        cache = layout.allocate(-(-2 * tokens // layout.block_size), self.device, scale=0.25)
-        slots = torch.randperm(cache.num_slots, generator=generator, device=self.device)[:tokens]
-        limit = 1 if table is None else len(table)
-        positions = torch.randint(limit, (tokens,), generator=generator, device=self.device)
-        return Inputs.random(self.model, heads, positions, slots, table, cache, generator)
+        return random_inputs(op, variant, self.model, heads, tokens, layout, self._tables[dtype], generator)
 
     def contenders(self, op: str) -> list[Contender]:
         """Our ways to do ``op``."""
@@ -90,45 +103,50 @@ class Bench:
         ours = [Contender("latentkv fused" if op == FUSED else "latentkv", call, ours=True)]
         if self.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() >= (9, 0):
             ours.append(replace(ours[0], name=f"{ours[0].name}, no overlap", overlap=False))
-        if op == FUSED and self.model.rope is not None:
+        if op == FUSED and self.rotates:
             ours.append(Contender("latentkv pair", pair_call, ours=True))
+        if op == GROUPED:
+            ours.append(Contender("latentkv by layer", layer_calls, ours=True))
         return ours
 
-    def _others(self, op: str, layout: CacheLayout) -> tuple[list[Contender], dict[str, str]]:
-        """The contenders to compare to, and why some peers cannot compete."""
-        others, absent = [], {}
+    def _others(self, op: str, variant: str, layout: CacheLayout) -> tuple[list[Contender], dict[str, str]]:
+        """The contenders to compare to, and why some of them cannot compete."""
+        others: list[Contender] = []
+        absent = {}
         for peer in self.peers:
             try:
-                others += peer.contenders(op, layout, rotates=self.model.rope is not None)
+                others += peer.contenders(op, variant, layout, self.rotates)
             except PeerError as error:
                 absent[peer.name] = str(error)
         if self.device.type == "cpu":  # on a GPU the reference reads back to the host: no graph can hold it
             others.append(Contender("reference", partial(provider_call, providers.reference, op)))
         if self.compiled:
-            others.append(compiled(op))
+            try:
+                others.append(compiled(op, layout.packed is not None))
+            except PeerError as error:
+                absent["torch.compile"] = str(error)
         return others, absent
 
-    def measure(self, op: str, heads: int, tokens: int, layout: CacheLayout) -> list[Row]:
+    def measure(self, op: str, heads: int, tokens: int, layout: CacheLayout, variant: str = "") -> list[Row]:
         """A row for each contender: its bytes against the reference's, then its times."""
-        blank = self._blank(op, heads, tokens, layout)
-        others, absent = self._others(op, layout)
-        expected = self.inputs(heads, tokens, layout)
+        blank = self._blank(op, heads, tokens, layout, variant)
+        others, absent = self._others(op, variant, layout)
+        make = partial(self.inputs, op, heads, tokens, layout, variant)
+        expected = make()
         provider_call(providers.reference, op, expected)()
-        inputs = [self.inputs(heads, tokens, layout, seed) for seed in range(1, INPUT_SETS + 1)]
+        inputs = [make(seed) for seed in range(1, INPUT_SETS + 1)]
         rows = []
         for contender in [*self.contenders(op), *others]:
             row = replace(blank, contender=contender.name, note=contender.note)
             try:
                 providers.set_overlap(contender.overlap)
-                actual = self.inputs(heads, tokens, layout)
+                actual = make()
                 contender.bind(actual)()
                 row = replace(row, **_differences(actual, expected))
                 timing = time_calls([contender.bind(x) for x in inputs], self.device)
                 row = replace(row, p20_us=timing.p20, p50_us=timing.p50, p80_us=timing.p80)
-            except Exception as error:  # a compiler or a peer may fail in any way; we may not
-                if contender.ours:
-                    raise
-                row = replace(row, note=f"{type(error).__name__}: {first_line(error)}")
+            except Exception as error:
+                row = replace(row, note=_failure(contender, error))
             finally:
                 providers.set_overlap(True)
             rows.append(row)
@@ -139,20 +157,25 @@ class Bench:
         """What an eager call of one token costs the host; nothing on a CPU, where the call is the work."""
         if self.device.type == "cpu":
             return []
-        x = self.inputs(heads, 1, layout)
-        peers = [c for c in self._others(op, layout)[0] if not c.name.endswith("pair") and c.name != "torch.compile"]
-        calls = {
-            f"latentkv.{op}": provider_call(providers.public, op, x),
-            f"torch.ops.latentkv.{op}": torch_op_call(op, x),
-        } | {c.name: c.bind(x) for c in peers}
+        several = ("pair", "chain", "torch.compile")
+        peers = [c for c in self._others(op, "", layout)[0] if not c.name.endswith(several)]
+        ours = {
+            f"latentkv.{op}": partial(provider_call, providers.public, op),
+            f"torch.ops.latentkv.{op}": partial(torch_op_call, op),
+        }
+        x = self.inputs(op, heads, 1, layout)
         rows = []
-        for name, call in calls.items():
-            timing = time_host(call)
-            row = replace(self._blank(op, heads, 1, layout), contender=name, timing="host", bytes=0)
-            rows.append(replace(row, p20_us=timing.p20, p50_us=timing.p50, p80_us=timing.p80))
+        for contender in [*(Contender(name, bind, ours=True) for name, bind in ours.items()), *peers]:
+            row = replace(self._blank(op, heads, 1, layout), contender=contender.name, timing="host", bytes=0)
+            try:
+                timing = time_host(contender.bind(x))
+                row = replace(row, p20_us=timing.p20, p50_us=timing.p50, p80_us=timing.p80)
+            except Exception as error:
+                row = replace(row, note=_failure(contender, error))
+            rows.append(row)
         return _with_baseline(rows, {c.name for c in peers})
 
-    def _blank(self, op: str, heads: int, tokens: int, layout: CacheLayout) -> Row:
+    def _blank(self, op: str, heads: int, tokens: int, layout: CacheLayout, variant: str = "") -> Row:
         return Row(
             op=op,
             model=self.model.name,
@@ -160,27 +183,36 @@ class Bench:
             rope_dim=layout.rope_dim,
             heads=heads,
             tokens=tokens,
-            format=layout.format,
+            format="indexer" if op == INDEXER else layout.format,
             contender="",
             timing="graph" if self.device.type == "cuda" else "wall",
-            bytes=bytes_moved(op, heads, tokens, layout, rotates=self.model.rope is not None),
+            variant=variant,
+            bytes=bytes_moved(op, heads, tokens, layout, self.rotates, variant),
             streamed_gb_s=self.streamed_gb_s,
             empty_us=self.empty_us,
         )
 
 
 def _differences(actual: Inputs, expected: Inputs) -> dict[str, Any]:
-    """Percent of the bytes of q_pe and k_pe, and of the rows, that differ; stray writes count too."""
+    """Percent of the activations' bytes, and of the rows', that differ; stray writes count too."""
+    ours, right = actual.outputs, expected.outputs
 
-    def percent(names: Callable[[str], bool], of: int) -> float:
-        pairs = [(t, expected.written[n]) for n, t in actual.written.items() if names(n)]
-        return 100 * sum(int((a.view(torch.uint8) != b.view(torch.uint8)).sum()) for a, b in pairs) / of
+    def percent(a: Sequence[Tensor], b: Sequence[Tensor], of: int) -> float:
+        pairs = zip(a, b, strict=True)
+        return 100 * sum(int((x.view(torch.uint8) != y.view(torch.uint8)).sum()) for x, y in pairs) / of
 
-    row_bytes = len(actual.slots) * actual.cache.layout.row_bytes
-    return {
-        "qk_differs_percent": percent(lambda n: n in "qk", actual.q_pe.nbytes + actual.k_pe.nbytes),
-        "cache_differs_percent": percent(lambda n: n not in "qk", row_bytes),
-    }
+    differences = {"cache_differs_percent": percent(ours.pages, right.pages, right.cache_bytes)}
+    if right.activations:
+        a, b = ([*x.activations.values()] for x in (ours, right))
+        differences["qk_differs_percent"] = percent(a, b, right.activation_bytes)
+    return differences
+
+
+def _failure(contender: Contender, error: Exception) -> str:
+    """Why a compiler or a peer failed, which it may in any way; we may not."""
+    if contender.ours:
+        raise error
+    return str(error) if isinstance(error, PeerError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _with_baseline(rows: list[Row], others: set[str]) -> list[Row]:

@@ -1,22 +1,19 @@
-"""Who can do an op: this library, fused and as a pair; plain PyTorch under ``torch.compile``; vLLM's ops."""
+"""Who can do an op: this library, in one launch or in several, and plain PyTorch under ``torch.compile``."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from .. import providers
-from ..layouts import FORMATS, CacheLayout
 from ..ops import OP_NAMES
-from ..reference import encode, rotate
-from .inputs import Inputs
+from ..reference import QUERY_FORMATS, encode, quantise, rotate
+from .inputs import GROUPED, INDEXER, PROLOGUE, Inputs, Layers, Prologue, Update
 from .timing import Call
 
 FUSED: Final = "rope_write_cache_"
@@ -27,42 +24,52 @@ class Contender:
     """One way to do an op. ``bind`` makes the call on given inputs; ``ours`` owes the reference's bytes."""
 
     name: str
-    bind: Callable[[Inputs], Call]
+    bind: Callable[[Any], Call]
     ours: bool = False
     overlap: bool = True
     note: str = ""
 
 
+class PeerError(Exception):
+    """Why someone cannot be compared to."""
+
+
 def provider_call(provider: providers.Provider, op: str, x: Inputs) -> Call:
     """The call of a provider's ``op`` on ``x``."""
-    if op == "rope_":
-        return partial(provider.rope_, x.positions, x.q_pe, x.k_pe, x.table, is_neox=x.is_neox)  # type: ignore[arg-type]
-    if op == "write_cache_":
-        return partial(provider.write_cache_, x.kv_c, x.k_pe, x.slots, x.cache)
-    args = (x.positions, x.q_pe, x.k_pe, x.kv_c, x.table, x.slots, x.cache)
-    return partial(provider.rope_write_cache_, *args, is_neox=x.is_neox)
+    arguments, options = x.arguments(op)
+    return partial(getattr(provider, op), *arguments, **options)
 
 
 def torch_op_call(op: str, x: Inputs) -> Call:
-    """The call of ``torch.ops.latentkv.<op>`` on ``x``."""
-    rope = (x.positions, x.q_pe, x.k_pe, x.table, x.is_neox)
-    write = (x.kv_c, x.k_pe, x.slots, x.cache.data, x.cache.rope_data, x.cache.scale, x.cache.layout.format)
-    fused = (*rope[:3], x.kv_c, x.table, *write[2:], x.is_neox)
-    return partial(getattr(torch.ops.latentkv, op), *dict(zip(OP_NAMES, (rope, write, fused), strict=True))[op])
+    """The call of ``torch.ops.latentkv.<op>`` on ``x``: what the public function passes on."""
+    calls: list[Call] = []
+    ops = {name: getattr(torch.ops.latentkv, name) for name in OP_NAMES}
+    record = {name: lambda *args, f=f: calls.append(partial(f, *args)) for name, f in ops.items()}
+    provider_call(providers.Provider("recorder", record), op, x)()
+    return calls[0]
 
 
-def _both(first: Call, second: Call) -> Call:
+def in_turn(*calls: Call) -> Call:
+    """The calls, one after the other."""
+    if len(calls) == 1:
+        return calls[0]
+
     def call() -> None:
-        first()
-        second()
+        for each in calls:
+            each()
 
     return call
 
 
-def pair_call(x: Inputs) -> Call:
-    """The calls of our ``rope_`` and ``write_cache_``, one after the other."""
-    public = providers.public
-    return _both(provider_call(public, "rope_", x), provider_call(public, "write_cache_", x))
+def pair_call(x: Update) -> Call:
+    """The calls of our ``rope_`` and ``write_cache_``."""
+    return in_turn(*(provider_call(providers.public, op, x) for op in ("rope_", "write_cache_")))
+
+
+def layer_calls(x: Layers) -> Call:
+    """A call of our ``write_cache_`` for every layer."""
+    layers = zip(x.kv_c, x.k_pe, x.caches, strict=True)
+    return in_turn(*(partial(providers.public.write_cache_, c, k, x.slots, cache) for c, k, cache in layers))
 
 
 def plain_update(
@@ -78,105 +85,72 @@ def plain_update(
     format: str,
     is_neox: bool,
 ) -> None:
-    """The op as engines write it in plain PyTorch, without checks or masks, for ``torch.compile``."""
+    """An in-place op as engines write it in plain PyTorch, without checks or masks, for ``torch.compile``."""
     if op != "write_cache_" and positions is not None and table is not None:
         cos, sin = table[positions].float().chunk(2, -1)
         q_pe.copy_(rotate(q_pe, cos[:, None], sin[:, None], is_neox))
         k_pe.copy_(rotate(k_pe, cos, sin, is_neox))
     if op != "rope_":
-        latent, rope = encode(kv_c, format, scale), encode(k_pe, format, scale)
-        rows = (torch.cat([latent, rope], 1),) if len(pages) == 1 else (latent, rope)
-        for page, row in zip(pages, rows, strict=True):
-            page.view(row.dtype).flatten(0, 1)[slots] = row
+        _plain_write(kv_c, k_pe, slots, pages, scale, format)
 
 
-def compiled(op: str) -> Contender:
-    """:func:`plain_update` under ``torch.compile``, anew for every shape."""
-    torch.compiler.reset()  # Dynamo gives up on a function that it has compiled for too many shapes
-    update = torch.compile(plain_update, dynamic=False)
+def plain_prologue(
+    positions: Tensor | None,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    k_pe: Tensor,
+    kv_c: Tensor,
+    table: Tensor | None,
+    slots: Tensor,
+    pages: tuple[Tensor, ...],
+    scale: Tensor | None,
+    format: str,
+    is_neox: bool,
+    q_out: Tensor,
+    q_scale: Tensor,
+    kv_norm_weight: Tensor | None,
+) -> None:
+    """``decode_prologue`` in the same way; RMSNorm adds up in whatever order PyTorch does."""
+    if positions is not None and table is not None:
+        cos, sin = table[positions].float().chunk(2, -1)
+        q_pe, k_pe = rotate(q_pe, cos[:, None], sin[:, None], is_neox), rotate(k_pe, cos, sin, is_neox)
+    query = torch.cat([q_nope, q_pe], -1)
+    if kind := QUERY_FORMATS.get(q_out.dtype):
+        q_out.view(torch.uint8).copy_(quantise(query.float() * (1 / q_scale), kind))
+    else:
+        q_out.copy_(query)
+    if kv_norm_weight is not None:
+        normalised = torch.nn.functional.rms_norm(kv_c.float(), kv_c.shape[1:], kv_norm_weight.float(), 1e-6)
+        kv_c = normalised.to(kv_c.dtype)
+    _plain_write(kv_c, k_pe, slots, pages, scale, format)
 
-    def bind(x: Inputs) -> Call:
-        cache = (x.slots, x.cache.tensors, x.cache.scale, x.cache.layout.format)
-        return partial(update, op, x.positions, x.q_pe, x.k_pe, x.kv_c, x.table, *cache, x.is_neox)
 
-    return Contender("torch.compile", bind)
+def _plain_write(
+    kv_c: Tensor, k_pe: Tensor, slots: Tensor, pages: tuple[Tensor, ...], scale: Tensor | None, format: str
+) -> None:
+    latent, rope = encode(kv_c, format, scale), encode(k_pe, format, scale)
+    rows = (torch.cat([latent, rope], 1),) if len(pages) == 1 else (latent, rope)
+    for page, row in zip(pages, rows, strict=True):
+        page.view(row.dtype).flatten(0, 1)[slots] = row
 
 
-class PeerError(Exception):
-    """Why a peer cannot be compared to."""
+def plain_call(function: Callable[..., None], op: str, x: Update) -> Call:
+    """The call of :func:`plain_prologue` or :func:`plain_update`, which ``function`` is or compiles, on ``x``."""
+    cache = (x.slots, x.cache.tensors, x.cache.scale, x.cache.layout.format, x.is_neox)
+    if isinstance(x, Prologue):
+        query = (x.q_out, x.q_scale, x.kv_norm_weight)
+        return partial(function, x.positions, x.q_nope, x.q_pe, x.k_pe, x.kv_c, x.table, *cache, *query)
+    return partial(function, op, x.positions, x.q_pe, x.k_pe, x.kv_c, x.table, *cache)
 
 
-class VLLM:
-    """vLLM's ops: the installed package's, or those of its library ``_C_stable_libtorch.abi3.so`` at a path.
+def compiled(op: str, packed: bool) -> Contender:
+    """Plain PyTorch under ``torch.compile``, anew for every shape.
 
     Raises:
-        PeerError: they cannot be loaded.
+        PeerError: nobody has written the op in plain PyTorch.
     """
-
-    name = "vllm"
-
-    def __init__(self, device: torch.device, library: Path | None = None) -> None:
-        try:
-            if library is None:
-                self.version = str(importlib.import_module("vllm").__version__)
-                importlib.import_module("vllm._custom_ops")
-            else:
-                torch.ops.load_library(library)
-                self.version = str(library)
-            self._fused = torch.ops._C_cache_ops.concat_and_cache_mla_rope_fused
-            self._write = torch.ops._C_cache_ops.concat_and_cache_mla
-            self._rotary = torch.ops._C.rotary_embedding
-        except Exception as error:  # whatever a foreign package throws at import
-            raise PeerError(first_line(error)) from error
-        self._takes_views = self._rotates_views(device)
-
-    def contenders(self, op: str, layout: CacheLayout, rotates: bool) -> list[Contender]:
-        """vLLM's ways to do ``op``.
-
-        Raises:
-            PeerError: it has none.
-        """
-        if layout.placement != "concat" or layout.block_size == 1:
-            raise PeerError("it writes concatenated rows in blocks of several only")
-        if op != "write_cache_" and not rotates:
-            raise PeerError("it has no op without rotation")
-        note = "" if self._takes_views else "rotary_embedding rejects the strided q_pe: fed a contiguous copy"
-        if op == "rope_":
-            return [Contender("vllm", self._rope_call, note=note)]
-        if op == "write_cache_":
-            return [Contender("vllm", self._write_call)]
-        pair = Contender("vllm pair", lambda x: _both(self._rope_call(x), self._write_call(x)), note=note)
-        return [Contender("vllm fused", self._fused_call), pair]
-
-    def _rotates_views(self, device: torch.device) -> bool:
-        q = torch.zeros(1, 2, 192, dtype=torch.bfloat16, device=device)[..., 128:]
-        zero, table = torch.zeros(1, dtype=torch.int64, device=device), q.new_ones(1, 64)
-        try:
-            self._rotary(zero, q, q[:, :1], 64, table, False)
-        except RuntimeError:
-            return False
-        return True
-
-    def _rope_call(self, x: Inputs) -> Call:
-        query = x.q_pe if self._takes_views else x.q_pe.contiguous()
-        key = x.k_pe.unsqueeze(1)
-        return partial(self._rotary, x.positions, query, key, key.shape[-1], x.table, x.is_neox)
-
-    def _cache(self, x: Inputs) -> tuple[Tensor, str]:
-        cache, format = x.cache.data, x.cache.layout.format
-        if not FORMATS[format].quantised:
-            return cache, "auto"
-        return cache.view(torch.uint8), "fp8_e5m2" if format == "fp8_e5m2" else "fp8"
-
-    def _write_call(self, x: Inputs) -> Call:
-        cache, dtype = self._cache(x)
-        return partial(self._write, x.kv_c, x.k_pe, cache, x.slots, dtype, x.cache.scale)
-
-    def _fused_call(self, x: Inputs) -> Call:
-        rope = (x.positions, x.q_pe, x.k_pe, x.kv_c, x.table, x.is_neox)
-        return partial(self._fused, *rope, x.slots, *self._cache(x), x.cache.scale)
-
-
-def first_line(error: BaseException) -> str:
-    """The message's first line, or the type's name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if packed or op in (GROUPED, INDEXER):
+        raise PeerError("no plain PyTorch for it here")
+    torch.compiler.reset()  # Dynamo gives up on a function that it has compiled for too many shapes
+    function = torch.compile(plain_prologue if op == PROLOGUE else plain_update, dynamic=False)
+    return Contender("torch.compile", partial(plain_call, function, op))

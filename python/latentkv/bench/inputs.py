@@ -2,39 +2,90 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..layouts import FORMATS, CacheLayout, MLACache
 from ..models import Model
+from ..reference import INDEX_DIM, INDEX_ROW_BYTES
 from ..rope_table import build_cos_sin_cache
+
+LAYERS: Final = 4  # that write_cache_grouped_ writes at once: a draft model's
+SCALE: Final = 0.25  # of fp8 rows and queries; a power of two, so that dividing and multiplying round alike
+PROLOGUE: Final = "decode_prologue"
+GROUPED: Final = "write_cache_grouped_"
+INDEXER: Final = "write_indexer_cache_"
+QUERYLESS: Final = ("write_cache_", GROUPED, INDEXER)
+VARIANTS: Final = {PROLOGUE: ("", "norm"), INDEXER: ("", "power of two")}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What an op may write: whole tensors, and how many of their bytes it has to write.
+
+    Attributes:
+        activations: the tensors outside the cache, by name.
+        activation_bytes: of these.
+        pages: the tensors of the cache.
+        cache_bytes: of these.
+    """
+
+    activations: dict[str, Tensor]
+    activation_bytes: int
+    pages: tuple[Tensor, ...]
+    cache_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
+class Inputs(ABC):
     """The arguments of one call, lying in memory as an engine has them.
 
     Attributes:
         positions: [T], or None where the model does not rotate.
-        q: [T, H, P + R]; the op sees the strided view ``q_pe``.
-        kv: [T, L + R], the projection whose last part is ``k_pe``.
-        kv_c: [T, L], normalised, hence a tensor of its own.
         slots: [T].
         table: [max_position, R], or None.
-        cache: where the rows go.
         is_neox: how pairs lie.
     """
 
     positions: Tensor | None
+    slots: Tensor
+    table: Tensor | None
+    is_neox: bool
+
+    @abstractmethod
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a provider's method ``op`` takes, by position and by name."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Outputs:
+        """What an op may write."""
+
+    @property
+    def written(self) -> dict[str, Tensor]:
+        """Every tensor that an op may write, whole, by name."""
+        return self.outputs.activations | {f"cache[{i}]": t for i, t in enumerate(self.outputs.pages)}
+
+
+@dataclass(frozen=True, eq=False)
+class Update(Inputs):
+    """For the in-place ops ``rope_``, ``write_cache_`` and ``rope_write_cache_``.
+
+    Attributes:
+        q: [T, H, P + R]; the op sees the strided view ``q_pe``.
+        kv: [T, L + R], the projection whose last part is ``k_pe``.
+        kv_c: [T, L], normalised, hence a tensor of its own.
+        cache: where the rows go.
+    """
+
     q: Tensor
     kv: Tensor
     kv_c: Tensor
-    slots: Tensor
-    table: Tensor | None
     cache: MLACache
-    is_neox: bool
 
     @classmethod
     def random(
@@ -46,19 +97,15 @@ class Inputs:
         table: Tensor | None,
         cache: MLACache,
         generator: torch.Generator,
-    ) -> Inputs:
+    ) -> Update:
         """Normally distributed activations of the model, on the generator's device."""
         tokens, rank, rope = len(slots), model.kv_lora_rank, model.rope_dim
-        device, dtype = generator.device, activation_dtype(cache.layout)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-        q, kv = normal(tokens, heads, model.nope_dim + rope), normal(tokens, rank + rope)
+        dtype = activation_dtype(cache.layout)
+        q, kv = (_normal(generator, dtype, *s) for s in ((tokens, heads, model.nope_dim + rope), (tokens, rank + rope)))
         rotated = None if table is None else positions
-        return cls(rotated, q, kv, kv[:, :rank].contiguous(), slots, table, cache, model.is_neox)
+        return Update(rotated, slots, table, model.is_neox, q, kv, kv[:, :rank].contiguous(), cache)
 
-    def to(self, device: torch.device, table: Tensor | None, cache: MLACache) -> Inputs:
+    def to(self, device: torch.device, table: Tensor | None, cache: MLACache) -> Update:
         """A copy of the activations and indices on ``device``, with the ``table`` and ``cache`` there."""
         copies = {name: getattr(self, name).to(device, copy=True) for name in ("q", "kv", "kv_c", "slots")}
         positions = None if self.positions is None else self.positions.to(device)
@@ -74,31 +121,183 @@ class Inputs:
         """[T, R], strided."""
         return self.kv[:, self.kv_c.shape[-1] :]
 
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of any of the three ops."""
+        if op == "write_cache_":
+            return (self.kv_c, self.k_pe, self.slots, self.cache), {}
+        turn = (self.positions, self.q_pe, self.k_pe)
+        rest = (self.table,) if op == "rope_" else (self.kv_c, self.table, self.slots, self.cache)
+        return (*turn, *rest), {"is_neox": self.is_neox}
+
     @property
-    def written(self) -> dict[str, Tensor]:
-        """Every tensor that an op may write, whole, by name."""
-        return {"q": self.q, "k": self.kv} | {f"cache[{i}]": t for i, t in enumerate(self.cache.tensors)}
+    def outputs(self) -> Outputs:
+        """q and k, with the elements around them that no op may touch, and the cache."""
+        activations, size = {"q": self.q, "k": self.kv}, self.q_pe.nbytes + self.k_pe.nbytes
+        return Outputs(activations, size, self.cache.tensors, len(self.slots) * self.cache.layout.row_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Prologue(Update):
+    """For ``decode_prologue``; here ``kv_c`` is the projection's slice.
+
+    Attributes:
+        q_nope: [T, H, L], the transposed view of a product [H, T, L].
+        q_out: [T, H, L + R] of :func:`query_dtype`.
+        q_scale: one element.
+        kv_norm_weight: [L], or None.
+    """
+
+    q_nope: Tensor
+    q_out: Tensor
+    q_scale: Tensor
+    kv_norm_weight: Tensor | None
+
+    @classmethod
+    def of(cls, x: Update, norm: bool, generator: torch.Generator) -> Prologue:
+        """The same projections, with what the prologue takes besides."""
+        (tokens, heads, rope), rank = x.q_pe.shape, x.kv_c.shape[1]
+        dtype, device = x.kv.dtype, x.kv.device
+        q_nope = _normal(generator, dtype, heads, tokens, rank).transpose(0, 1)
+        q_out = torch.empty(tokens, heads, rank + rope, dtype=query_dtype(x.cache.layout), device=device)
+        weight = _normal(generator, dtype, rank) if norm else None
+        common = (x.positions, x.slots, x.table, x.is_neox, x.q, x.kv, x.kv[:, :rank], x.cache)
+        return cls(*common, q_nope, q_out, torch.full((1,), SCALE, device=device), weight)
+
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of its only op."""
+        activations = (self.q_nope, self.q_pe, self.kv_c, self.k_pe)
+        options = {"q_out": self.q_out, "q_scale": self.q_scale, "kv_norm_weight": self.kv_norm_weight}
+        return (*activations, self.positions, self.table, self.slots, self.cache), {"is_neox": self.is_neox, **options}
+
+    @property
+    def outputs(self) -> Outputs:
+        """The query and the cache; q_pe and k_pe are what peers that rotate in place may change."""
+        return replace(super().outputs, activations={"q_out": self.q_out}, activation_bytes=self.q_out.nbytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Layers(Inputs):
+    """For ``write_cache_grouped_``.
+
+    Attributes:
+        kv_c, k_pe: [G, T, L] and [G, T, R], the latter strided.
+        caches: G of them.
+    """
+
+    kv_c: Tensor
+    k_pe: Tensor
+    caches: tuple[MLACache, ...]
+
+    @classmethod
+    def random(cls, model: Model, slots: Tensor, caches: tuple[MLACache, ...], generator: torch.Generator) -> Layers:
+        """Normally distributed activations of the model, on the generator's device."""
+        shape = (len(caches), len(slots), model.kv_lora_rank + model.rope_dim)
+        kv = _normal(generator, activation_dtype(caches[0].layout), *shape)
+        latent, rope = kv.split((model.kv_lora_rank, model.rope_dim), -1)
+        return Layers(None, slots, None, model.is_neox, latent.contiguous(), rope, caches)
+
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of its only op."""
+        return (self.kv_c, self.k_pe, self.slots, self.caches), {}
+
+    @property
+    def outputs(self) -> Outputs:
+        """The caches."""
+        pages = tuple(t for cache in self.caches for t in cache.tensors)
+        return Outputs({}, 0, pages, len(self.caches) * len(self.slots) * self.caches[0].layout.row_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class IndexerKeys(Inputs):
+    """For ``write_indexer_cache_``.
+
+    Attributes:
+        k: [T, 128], a tensor of its own, as its LayerNorm leaves it.
+        cache: [B, 64, 132].
+        power_of_two: whether scales are powers of two, as DeepSeek-V3.2 is served.
+    """
+
+    k: Tensor
+    cache: Tensor
+    power_of_two: bool
+
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of its only op."""
+        options = {"is_neox": self.is_neox, "power_of_two_scale": self.power_of_two}
+        return (self.k, self.positions, self.table, self.slots, self.cache), options
+
+    @property
+    def outputs(self) -> Outputs:
+        """The cache; k is what peers that rotate in place may change."""
+        return Outputs({}, 0, (self.cache,), len(self.slots) * INDEX_ROW_BYTES)
+
+
+def random_inputs(
+    op: str,
+    variant: str,
+    model: Model,
+    heads: int,
+    tokens: int,
+    layout: CacheLayout,
+    table: Tensor | None,
+    generator: torch.Generator,
+) -> Inputs:
+    """Arguments of ``op``: slots scattered over a cache of twice the tokens, activations normally distributed."""
+    device, blocks = generator.device, -(-2 * tokens // layout.block_size)
+    slots = torch.randperm(blocks * layout.block_size, generator=generator, device=device)[:tokens]
+    positions = torch.randint(1 if table is None else len(table), (tokens,), generator=generator, device=device)
+    if op == INDEXER:
+        k = _normal(generator, activation_dtype(layout), tokens, INDEX_DIM)
+        cache = torch.zeros(blocks, layout.block_size, INDEX_ROW_BYTES, dtype=torch.uint8, device=device)
+        rotated = None if table is None else positions
+        return IndexerKeys(rotated, slots, table, True, k, cache, variant == "power of two")  # V3.2's indexer is NeoX
+    if op == GROUPED:
+        caches = tuple(layout.allocate(blocks, device, SCALE) for _ in range(LAYERS))
+        return Layers.random(model, slots, caches, generator)
+    update = Update.random(model, heads, positions, slots, table, layout.allocate(blocks, device, SCALE), generator)
+    return Prologue.of(update, variant == "norm", generator) if op == PROLOGUE else update
+
+
+def _normal(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(dtype)
 
 
 def activation_dtype(layout: CacheLayout) -> torch.dtype:
-    """The dtype of activations for a cache: its own, bf16 where it quantises."""
-    return torch.bfloat16 if FORMATS[layout.format].quantised else layout.dtype
+    """The dtype of activations for a cache: the one that it takes, bf16 where it takes several."""
+    return FORMATS[layout.format].activation or torch.bfloat16
 
 
-def rope_table(model: Model, layout: CacheLayout, device: torch.device) -> Tensor | None:
-    """The model's cos/sin table in the activation dtype; None where it does not rotate."""
+def query_dtype(layout: CacheLayout) -> torch.dtype:
+    """The dtype of ``decode_prologue``'s query: fp8 for fp8 rows, else the activations'."""
+    return layout.dtype if FORMATS[layout.format].quantised else activation_dtype(layout)
+
+
+def table_dtype(op: str, layout: CacheLayout) -> torch.dtype:
+    """The dtype of the cos/sin table: the one that the op's peers take."""
+    return torch.float32 if op in (PROLOGUE, INDEXER) else activation_dtype(layout)
+
+
+def rope_table(model: Model, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The model's cos/sin table; None where it does not rotate."""
     if model.rope is None:
         return None
-    return build_cos_sin_cache(**model.rope, device=device, dtype=activation_dtype(layout))
+    return build_cos_sin_cache(**model.rope, device=device, dtype=dtype)
 
 
-def bytes_moved(op: str, heads: int, tokens: int, layout: CacheLayout, rotates: bool = True) -> int:
+def bytes_moved(op: str, heads: int, tokens: int, layout: CacheLayout, rotates: bool = True, variant: str = "") -> int:
     """What one call must read and write: each byte that it needs or changes, once."""
     size, index = activation_dtype(layout).itemsize, torch.int64.itemsize
     rope, rank = layout.rope_dim, layout.kv_lora_rank
-    total = 0
-    if op != "write_cache_" and rotates:  # q and k in and out, their row of the table, the position
-        total += 2 * (heads + 1) * rope * size + rope * size + index
-    if op != "rope_":  # the latent, the row, the slot, and the key unless it is here already
-        total += rank * size + layout.row_bytes + index + (0 if total else rope * size)
-    return tokens * total
+    angles = rope * table_dtype(op, layout).itemsize + index if rotates else 0  # of a token, with its position
+    write = (rank + rope) * size + layout.row_bytes
+    if op == INDEXER:
+        return tokens * (INDEX_DIM * size + INDEX_ROW_BYTES + index + angles)
+    if op == GROUPED:
+        return tokens * (LAYERS * write + index)
+    if op == PROLOGUE:
+        query = heads * (rank + rope) * (size + query_dtype(layout).itemsize)
+        return tokens * (query + angles + write + index) + (rank * size if variant == "norm" else 0)
+    turn = 2 * (heads + 1) * rope * size + angles if op != "write_cache_" and rotates else 0
+    if op == "rope_":
+        return tokens * turn
+    return tokens * (turn + write + index - (rope * size if turn else 0))  # k_pe is read once

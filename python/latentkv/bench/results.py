@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import platform
 import shutil
+import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__, providers
-from .contenders import VLLM
+from .peers import Peer
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,16 @@ class Row:
     """One line of results. Fields and derived properties are the columns of the CSV, after the environment.
 
     Attributes:
+        heads: 0 where the op knows no query.
         timing: ``graph`` (replay on a GPU), ``wall`` (clock of a CPU) or ``host`` (eager call on a GPU).
+        variant: what the op does besides, of those that may: ``norm``, ``power of two``.
         p20_us, p50_us, p80_us: microseconds of one call; None where the contender could not run (``note``).
         bytes: what one call must move; 0 for host times.
         streamed_gb_s: what an elementwise multiply streams in the same run.
         empty_us: an empty kernel in a graph of the same run.
         baseline, baseline_us: the contender that ``speedup`` refers to: a peer, else the reference.
-        qk_differs_percent, cache_differs_percent: bytes of rope parts and cache rows unlike the reference's.
+        qk_differs_percent, cache_differs_percent: bytes unlike the reference's: of rope parts or (decode_prologue) of
+            the query, and of cache rows.
     """
 
     op: str
@@ -41,6 +45,7 @@ class Row:
     format: str
     contender: str
     timing: str
+    variant: str = ""
     p20_us: float | None = None
     p50_us: float | None = None
     p80_us: float | None = None
@@ -52,6 +57,11 @@ class Row:
     qk_differs_percent: float | None = None
     cache_differs_percent: float | None = None
     note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The format, and the variant if there is one."""
+        return f"{self.format}, {self.variant}" if self.variant else self.format
 
     @property
     def gb_s(self) -> float | None:
@@ -97,7 +107,7 @@ def write_csv(path: Path, rows: Iterable[Row], environment: dict[str, str]) -> N
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """The rows and the environment in a file of :func:`write_csv`.
+    """The rows and the environment in a file of :func:`write_csv`, of this version or an earlier one.
 
     Raises:
         ValueError: it is none.
@@ -110,11 +120,37 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        rows = [Row(**{f.name: parse[str(f.type)](line[f.name]) for f in fields(Row)}) for line in lines]
+        columns = [f for f in fields(Row) if f.name in lines[0]]  # an earlier version knew fewer
+        rows = [Row(**{f.name: parse[str(f.type)](line[f.name]) for f in columns}) for line in lines]
         facts = {name: lines[0][name] for name in ENVIRONMENT}
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"expected a CSV file by latentkv bench, got {path} ({error!r})") from error
     return rows, facts
+
+
+def summary(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
+    """How many times faster we are than whom: by format and variant, and other; then by contender of ours.
+
+    Of all heads and tokens: the least, and the geometric mean. With several others a last one, ``the fastest``, is
+    the fastest of them at each point.
+    """
+    points: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in rows:
+        if row.timing != "host" and row.p50_us:
+            points.setdefault((row.kind, row.heads, row.tokens), {})[row.contender] = row.p50_us
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for (kind, _, _), times in points.items():
+        ours = {name: us for name, us in times.items() if name.startswith("latentkv")}
+        others = {name: us for name, us in times.items() if name not in ours}
+        if len(others) > 1:
+            others["the fastest"] = min(others.values())
+        for name, us in others.items():
+            for own, own_us in ours.items():
+                ratios.setdefault((kind, name), {}).setdefault(own, []).append(us / own_us)
+    return {
+        key: {own: (min(of), statistics.geometric_mean(of)) for own, of in by_own.items()}
+        for key, by_own in ratios.items()
+    }
 
 
 def device_name(device: torch.device) -> str:
@@ -127,7 +163,7 @@ def device_name(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()} (threads: {torch.get_num_threads()})"
 
 
-def environment(device: torch.device, peers: Iterable[VLLM] = ()) -> dict[str, str]:
+def environment(device: torch.device, peers: Iterable[Peer] = ()) -> dict[str, str]:
     """Where the numbers come from: device, driver, versions, peers and date."""
     driver = ""
     if device.type == "cuda" and (smi := shutil.which("nvidia-smi")):
@@ -153,27 +189,33 @@ _STYLES = {
     "latentkv, no overlap": ("#56B4E9", "o", "--"),
     "latentkv fused, no overlap": ("#56B4E9", "o", "--"),
     "latentkv pair": ("#009E73", "s", "-"),
+    "latentkv by layer": ("#009E73", "s", "-"),
     "vllm": ("#D55E00", "^", "-"),
     "vllm fused": ("#D55E00", "^", "-"),
+    "vllm kimi-k3": ("#D55E00", "^", "-"),
+    "vllm rms_norm + kimi-k3": ("#D55E00", "^", "-"),
     "vllm pair": ("#E69F00", "v", "-"),
+    "vllm chain": ("#E69F00", "v", "-"),
+    "flashinfer": ("#CC79A7", "X", "-"),
+    "flashinfer, no overlap": ("#CC79A7", "X", "--"),
     "reference": ("#CC79A7", "D", "-"),
     "torch.compile": ("#000000", "P", "-"),
 }
 
 
 def plot(rows: Sequence[Row], path: Path, device: str) -> None:
-    """Times over tokens, a panel for each number of heads and format, above the floor that memory sets."""
+    """Times over tokens, a panel for each number of heads, format and variant, above the floor that memory sets."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.timing != "host" and row.p50_us]
-    heads, formats = sorted({r.heads for r in rows}), list(dict.fromkeys(r.format for r in rows))
-    figure = Figure(figsize=(4.6 * len(formats) + 0.4, 3.4 * len(heads) + 0.9), dpi=130, layout="constrained")
-    axes = figure.subplots(len(heads), len(formats), squeeze=False, sharex=True, sharey=True)
+    heads, kinds = sorted({r.heads for r in rows}), list(dict.fromkeys(r.kind for r in rows))
+    figure = Figure(figsize=(4.6 * len(kinds) + 0.4, 3.4 * len(heads) + 0.9), dpi=130, layout="constrained")
+    axes = figure.subplots(len(heads), len(kinds), squeeze=False, sharex=True, sharey=True)
     for i, h in enumerate(heads):
-        for j, format in enumerate(formats):
-            ax, panel = axes[i][j], [r for r in rows if (r.heads, r.format) == (h, format)]
+        for j, kind in enumerate(kinds):
+            ax, panel = axes[i][j], [r for r in rows if (r.heads, r.kind) == (h, kind)]
             _draw_panel(ax, panel)
-            ax.set_title(f"{h} heads, {format}", fontsize=11)
+            ax.set_title(f"{h} heads, {kind}" if h else kind, fontsize=11)
             if i == len(heads) - 1:
                 ax.set_xlabel("tokens")
             if j == 0:
@@ -181,7 +223,7 @@ def plot(rows: Sequence[Row], path: Path, device: str) -> None:
     handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     lowest = min(time for r in rows for time in (r.p50_us, r.empty_us) if time)
     axes[0][0].set_ylim(bottom=lowest / 2)  # the axes are shared; the memory's floor may go below
-    columns = 1 + len(formats)
+    columns = 1 + len(kinds)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{rows[0].op} of {rows[0].model}\n{device}", fontsize=12)
     figure.savefig(path)

@@ -16,7 +16,8 @@ import torch
 Call = Callable[[], object]
 
 INPUT_SETS = 8
-_GRAPH_CALLS = 64  # at least so many calls in a graph, to spread what a replay costs by itself
+_GRAPH_CALLS = 64  # in a graph, to spread what a replay costs by itself ...
+_GRAPH_US = 5000.0  # ... but no more than take so long, once round all inputs is done
 _REPLAYS = 21
 _WARM_REPLAYS = 5
 _CPU_SECONDS = 0.5
@@ -45,11 +46,16 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> Timing:
 def _time_graph(calls: Sequence[Call]) -> Timing:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
+        for _ in range(2):  # the second is past whatever a first call does
+            start.record()
+            for call in calls:
+                call()
+            end.record()
     torch.cuda.current_stream().wait_stream(side)
-    rounds = -(-_GRAPH_CALLS // len(calls))
+    end.synchronize()
+    rounds = max(1, min(-(-_GRAPH_CALLS // len(calls)), int(_GRAPH_US / (1e3 * start.elapsed_time(end)))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in [*calls] * rounds:
