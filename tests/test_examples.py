@@ -1,0 +1,39 @@
+"""The examples run, their bytes are the reference's, and the guide quotes them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Python
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "examples").glob("*.py"))}
+SAYS = {
+    "deepseek_v32_decode": ["rows of 656 bytes, indexer keys of 132", "slot 70: tile scales"],
+    "deepseek_v3_decode": ["fp8 query [6, 16, 576] and rows", "split query, query in place"],
+    "kimi_k3_decode": ["query [6, 12, 576] and rows"],
+    "mistral4_decode": ["query [8, 32, 320], latents, rows of 256 + 64"],
+    "speculative_decode": ["rows of 5 layers"],
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(python: Python, name: str) -> None:
+    result = python(EXAMPLES[name])
+    assert result.returncode == 0, result.stderr
+    assert "all bytes equal the reference's" in result.stdout
+    for said in SAYS[name]:
+        assert said in result.stdout
+
+
+def test_the_guide_quotes_the_examples() -> None:
+    guide = (ROOT / "docs" / "decode.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        for passage in block.split("\n\n"):
+            assert any(passage.strip() in source for source in EXAMPLES.values()), passage
+    for name in EXAMPLES:
+        assert f"examples/{name}.py" in guide
