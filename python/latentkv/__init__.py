@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import providers
+from . import compile, providers
 from .backends import layout_for, select_backend
 from .layouts import CacheLayout, MLACache
 from .platform import Platform
@@ -15,6 +15,7 @@ __all__ = [
     "MLACache",
     "Platform",
     "build_cos_sin_cache",
+    "compile",
     "decode_prologue",
     "layout_for",
     "providers",

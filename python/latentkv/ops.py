@@ -3,6 +3,9 @@
 Every op exists twice: in namespace ``latentkv``, served by the provider chosen at import, and in ``latentkv_native``,
 where the compiled kernels can always be reached. All of them write to the arguments declared as mutated, return
 nothing, and can be captured in CUDA graphs.
+
+The ops that know a cache by its layer exist in ``latentkv`` alone, where ``compile.layers`` implements them by the
+others. They return a tensor without elements.
 """
 
 from __future__ import annotations
@@ -33,15 +36,28 @@ SCHEMAS = (
     "write_indexer_cache_(Tensor k, Tensor? positions, Tensor? cos_sin_cache, Tensor slot_mapping, Tensor(a!) cache,"
     " bool is_neox, bool power_of_two_scale=False) -> ()",
 )
-OP_NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+LAYER_SCHEMAS = (
+    "layer_write_cache(Tensor kv_c, Tensor k_pe, SymInt layer) -> Tensor",
+    "layer_rope_write_cache(Tensor positions, Tensor(a!) q_pe, Tensor(b!) k_pe, Tensor kv_c, Tensor cos_sin_cache,"
+    " bool is_neox, SymInt layer) -> Tensor",
+)
+
+
+def _names(schemas: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(schema.partition("(")[0] for schema in schemas)
+
+
+OP_NAMES = _names(SCHEMAS)
+LAYER_OP_NAMES = _names(LAYER_SCHEMAS)
 LEADS = ("kv_c", "kv_c[0]", "q", "k")  # of an op's arguments, the first of these says where the others must lie
 
 
-def _fake(name: str, schema: str) -> Callable[..., None]:
-    """The fake of an op: nothing is returned, so all it can tell is that the tensors lie on one device."""
-    names = [argument.name for argument in torch._C.parse_schema(schema).arguments]
+def _fake(name: str, schema: str) -> Callable[..., torch.Tensor | None]:
+    """The fake of an op: all it can tell is that the tensors lie on one device. What is returned is empty, or None."""
+    parsed = torch._C.parse_schema(schema)
+    names = [argument.name for argument in parsed.arguments]
 
-    def fake(*args: object) -> None:
+    def fake(*args: object) -> torch.Tensor | None:
         tensors = {}
         for argument, value in zip(names, args, strict=False):
             if isinstance(value, torch.Tensor):
@@ -51,17 +67,21 @@ def _fake(name: str, schema: str) -> Callable[..., None]:
         lead = next(tensors[argument] for argument in (*LEADS, *tensors) if argument in tensors)
         for argument, t in tensors.items():
             Arguments(name, lead.device).on_device(argument, t)
+        return lead.new_empty(0) if parsed.returns else None
 
     return fake
 
 
-def _define(namespace: str) -> torch.library.Library:
+def _define(namespace: str, schemas: tuple[str, ...] = SCHEMAS) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
-    for name, schema in zip(OP_NAMES, SCHEMAS, strict=True):
+    for name, schema in zip(_names(schemas), schemas, strict=True):
         library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"{namespace}::{name}", _fake(name, schema), lib=library)
     return library
 
 
 # A library object must outlive its ops.
-LIBRARIES = {namespace: _define(namespace) for namespace in (NAMESPACE, NATIVE_NAMESPACE)}
+LIBRARIES = {
+    NAMESPACE: _define(NAMESPACE, SCHEMAS + LAYER_SCHEMAS),
+    NATIVE_NAMESPACE: _define(NATIVE_NAMESPACE),
+}

@@ -1,0 +1,149 @@
+"""The ops that know a cache by its layer: an engine keeps its caches outside the graph.
+
+The graph holds a layer's integer, :func:`layer_index`; :func:`step` tells which cache and slots it stands for now. The
+caches are not declared arguments of these ops, so attention must consume the tensor, without elements, that they
+return: this keeps a write before the read, and keeps the compiler from dropping it. Schemas and fakes: ``ops.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..checks import Arguments
+from ..layouts import MLACache
+from ..ops import LIBRARIES, NAMESPACE
+from ..providers import public
+
+_names: dict[int, str] = {}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What :func:`step` was given: the cache and the slots of each layer, by its integer."""
+
+    layers: Mapping[int, tuple[MLACache | None, Tensor | None]]
+    rope_masked: bool
+
+
+_step: ContextVar[_Step | None] = ContextVar("latentkv.compile.step", default=None)
+
+
+def layer_index(name: str) -> int:
+    """The integer by which a graph knows the layer ``name``: an attribute of the module, made when it is built.
+
+    Under ``torch._dynamo.config.allow_unspec_int_on_nn_module = True`` equal layers then share their graphs: Dynamo
+    compiles the first layer for its own integer, and the second for any.
+
+    Raises:
+        ValueError: another name has the same integer; of 10^16 pairs of names less than one does.
+    """
+    # A digest, not a counter: it is the same in every process, and a graph that another one compiled may hold it.
+    index = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    if _names.setdefault(index, name) != name:
+        raise ValueError(
+            f"latentkv.compile.layer_index: name: expected another than {name!r}: {_names[index]!r} has {index}"
+        )
+    return index
+
+
+@contextmanager
+def step(
+    caches: Mapping[str, MLACache | None],
+    slot_mapping: Tensor | Mapping[str, Tensor | None] | None,
+    *,
+    rope_masked: bool = True,
+) -> Iterator[None]:
+    """The current step: where ``layer_write_cache`` and ``layer_rope_write_cache`` find their caches and slots.
+
+    It holds for this thread (or asynchronous task), around calls of compiled code, not in it. An inner step takes the
+    place of the outer one as a whole. A CUDA graph keeps what it was captured with: replays write to the same caches,
+    at the slots that then stand in the same ``slot_mapping``, and look at no step.
+
+    Args:
+        caches: the cache of each layer, by name; None where it is not allocated yet: nothing is written, but q_pe and
+            k_pe are rotated.
+        slot_mapping: [T] int64 or int32, T <= N, of all layers, or of each by name; None (a profiling run): nothing is
+            written, but q_pe and k_pe are rotated.
+        rope_masked: rotate masked rows (slot < 0) and padding (rows T..N-1) too, as a separate RoPE would, so that
+            fusing the two changes no bit. False leaves them as they are: cheaper, where they only pad.
+
+    Raises:
+        TypeError: a cache is neither an :class:`~latentkv.MLACache` nor None.
+        ValueError: a layer has a cache, but no entry in ``slot_mapping``.
+    """
+    layers: dict[int, tuple[MLACache | None, Tensor | None]] = {}
+    for name, cache in caches.items():
+        if not isinstance(cache, MLACache | None):
+            got = type(cache).__name__
+            raise TypeError(f"latentkv.compile.step: caches[{name!r}]: expected an MLACache or None, got {got}")
+        if not isinstance(slot_mapping, Mapping):
+            slots = slot_mapping
+        elif name in slot_mapping:
+            slots = slot_mapping[name]
+        else:
+            raise ValueError(f"latentkv.compile.step: slot_mapping: expected an entry for {name!r}, got none")
+        layers[layer_index(name)] = cache, slots
+    token = _step.set(_Step(layers, rope_masked))
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def _find(args: Arguments, layer: int) -> tuple[MLACache | None, Tensor | None, bool]:
+    """The cache, the slots and ``rope_masked`` of a layer in the current step."""
+    current = _step.get()
+    name = repr(_names[layer]) if layer in _names else f"{layer}, which layer_index has given to no name"
+    if current is None:
+        args.fail("layer", "a call within latentkv.compile.step", f"layer {name} outside of any")
+    if layer not in current.layers:
+        known = ", ".join(repr(_names[index]) for index in current.layers) or "none"
+        args.fail("layer", f"a layer of the current latentkv.compile.step ({known})", name)
+    return *current.layers[layer], current.rope_masked
+
+
+def _key(args: Arguments, k_pe: Tensor) -> Tensor:
+    """k_pe as [N, R], a view."""
+    if k_pe.dim() == 3 and k_pe.shape[1] == 1:
+        return k_pe.squeeze(1)
+    if k_pe.dim() != 2:
+        args.fail("k_pe", "shape [N, R] or [N, 1, R]", list(k_pe.shape))
+    return k_pe
+
+
+def _layer_write_cache(kv_c: Tensor, k_pe: Tensor, layer: int) -> Tensor:
+    """``write_cache_`` to the cache of a layer, if there are a cache and slots. k_pe is [N, R] or [N, 1, R]."""
+    args = Arguments("layer_write_cache", kv_c.device)
+    key = _key(args, k_pe)
+    cache, slots, _ = _find(args, layer)
+    if cache is not None and slots is not None:
+        public.write_cache_(kv_c, key, slots, cache)
+    return kv_c.new_empty(0)
+
+
+def _layer_rope_write_cache(
+    positions: Tensor, q_pe: Tensor, k_pe: Tensor, kv_c: Tensor, cos_sin_cache: Tensor, is_neox: bool, layer: int
+) -> Tensor:
+    """``rope_write_cache_`` to the cache of a layer, or ``rope_`` alone. k_pe is [N, R] or [N, 1, R]."""
+    args = Arguments("layer_rope_write_cache", kv_c.device)
+    key = _key(args, k_pe)
+    cache, slots, rope_masked = _find(args, layer)
+    rotated = 0  # rows, from the first
+    if cache is not None and slots is not None:
+        public.rope_write_cache_(
+            positions, q_pe, key, kv_c, cos_sin_cache, slots, cache, is_neox=is_neox, rope_masked=rope_masked
+        )
+        rotated = slots.shape[0] if rope_masked else q_pe.shape[0]
+    if rotated < q_pe.shape[0]:
+        public.rope_(positions[rotated:], q_pe[rotated:], key[rotated:], cos_sin_cache, is_neox=is_neox)
+    return kv_c.new_empty(0)
+
+
+for _op in (_layer_write_cache, _layer_rope_write_cache):
+    LIBRARIES[NAMESPACE].impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
