@@ -18,7 +18,7 @@ __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_em
 _FORMATS = {"bfloat16": "bf16", "float16": "fp16", "fp8_e5m2": "fp8_e5m2", "fp8_ds_mla": "fp8_ds_mla"}
 
 
-def _format(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
+def format_of(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
     """The format that vLLM's word means: ``auto`` is the activations' dtype, ``fp8`` the platform's e4m3."""
     if kv_cache_dtype == "auto":
         return next((f.name for f in FORMATS.values() if f.dtype == kv_c.dtype), str(kv_c.dtype))
@@ -57,7 +57,7 @@ def concat_and_cache_mla_rope_fused(
     """
     torch.ops.latentkv.rope_write_cache_(
         positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, kv_cache, None, kv_cache_scale,
-        _format(kv_cache_dtype, kv_c, kv_cache), is_neox,
+        format_of(kv_cache_dtype, kv_c, kv_cache), is_neox,
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def concat_and_cache_mla(
 
     ``skip_scale`` stores convert(x) instead of convert(x / scale).
     """
-    format = _format(kv_cache_dtype, kv_c, kv_cache)
+    format = format_of(kv_cache_dtype, kv_c, kv_cache)
     torch.ops.latentkv.write_cache_(kv_c, k_pe, slot_mapping, kv_cache, None, None if skip_scale else scale, format)
 
 

@@ -1,7 +1,24 @@
-"""The side of torch.compile: cache-update ops that know a cache by its layer's name."""
+"""The side of torch.compile: cache updates that know a cache by its layer's name, and the pass that fuses.
+
+Inductor is only imported once the pass is asked for.
+"""
 
 from __future__ import annotations
 
-from .layers import layer_index, step
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["layer_index", "step"]
+from .layers import layer_index, step
+from .report import Reason, Report, Site
+
+if TYPE_CHECKING:
+    from .inductor import Fusion, FusionError, FusionPass, enable
+
+__all__ = ["Fusion", "FusionError", "FusionPass", "Reason", "Report", "Site", "enable", "layer_index", "step"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import inductor
+
+        return getattr(inductor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,498 @@
+"""The pass: RoPE followed by a cache update becomes the fused op, in the functionalised graph that Inductor lowers.
+
+A site is a cache update. For each:
+
+1. Find which rotation makes its k_pe, and which query is rotated by the same rows of the same table (``Rotation``):
+   an op that is known by name, or arithmetic that is recognised by its elements (``elements.py``).
+2. Find the tensors whose storage the rotation shall work on, and everything that can be seen afterwards as a view of
+   them: the rotated parts themselves, but also q with them written back or concatenated (``_results``).
+3. Make sure that nobody else needs the values from before (``_readers``), and that all can be put in order.
+4. Put the fused op in place, as an ``auto_functionalized_v2`` whose bases are these tensors: torch then finds that it
+   can work on them in place, since no reader of the old values is left.
+
+What stands in the way raises ``Unfused`` before anything has changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch.fx import Graph, Node
+
+from ..checks import ACTIVATIONS
+from ..layouts import FORMATS
+from ..platform import Platform
+from . import known_ops
+from .elements import gathered, hint, is_gather, is_lookup, table_chain
+from .graph import (
+    FUNCTIONALIZED,
+    META_ONLY,
+    Size,
+    View,
+    call_of,
+    closure,
+    consequences_of,
+    erase_dead,
+    expression_of,
+    fake_like,
+    fake_result,
+    has_side_effects,
+    is_rope,
+    is_tensor,
+    mutated_view,
+    op_name,
+    parent_of,
+    plain,
+    refresh_views,
+    root_of,
+    source_line,
+    text_of,
+)
+from .known_ops import UPDATE_OPS, UpdateOp
+from .report import Reason, Site, Unfused
+from .rotation import Rotation, find_rotation, rotates_a_key, rotations_of
+from .storage import State, Storage, origins
+
+aten = torch.ops.aten
+
+
+@dataclass
+class _Update:
+    """A cache update in the graph."""
+
+    node: Node
+    name: str
+    op: UpdateOp
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Its arguments as they are now: what fuses another site changes them."""
+        call = call_of(self.node)
+        assert call is not None
+        return call[1]
+
+    @property
+    def kv_c(self) -> Node:
+        return self.kwargs[self.op.kv_c]  # type: ignore[no-any-return]
+
+    @property
+    def k_pe(self) -> Node:
+        return self.kwargs["k_pe"]  # type: ignore[no-any-return]
+
+    @property
+    def others(self) -> list[Any]:
+        """What else the fused op will be given: slots, scale, caches, or the layer where a node stands for it."""
+        names = ("slot_mapping", "scale", self.op.layer)
+        given = [self.kwargs.get(name) for name in names if name] + self.used_caches
+        return [x for x in given if isinstance(x, Node)]
+
+    @property
+    def caches(self) -> list[tuple[Node | None, str]]:
+        """Each cache tensor's base, and the argument's name."""
+        found = []
+        for name in self.op.caches:
+            mutated = mutated_view(self.node, self.kwargs, name)
+            found.append((mutated and mutated[0], name))
+        return found
+
+    @property
+    def used_caches(self) -> list[Node]:
+        """The bases of those that are given."""
+        return [base for base, _ in self.caches if base is not None]
+
+    def cache_index(self, part: Node) -> int:
+        """Which of these a tensor is that the functionalised update returns."""
+        index: Any = part.args[1]
+        if self.node.target is FUNCTIONALIZED[0]:
+            return self.used_caches.index(self.kwargs["_all_bases"][index - 1])
+        return int(index) - 1
+
+
+@dataclass
+class _Plan:
+    """All that is needed to fuse one site."""
+
+    update: _Update
+    q: Rotation
+    k: Rotation
+    format_and_scale: tuple[str, Any] | None
+    old: list[tuple[Node, Node]] = field(default_factory=list)  # a reader and the tensor it reads, to stay with the old
+    new: list[tuple[Node, Node]] = field(default_factory=list)  # the same, to go to the new storage
+    storages: list[Storage] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.storages = [Storage(root, (self.q, self.k)) for root in dict.fromkeys((self.q.root, self.k.root))]
+
+
+class _Fuser:
+    """The pass over one graph."""
+
+    def __init__(self, graph: Graph, allow_rounding: bool) -> None:
+        self.graph, self.allow_rounding = graph, allow_rounding
+        self.taken: set[Node] = set()  # queries that belong to a site already
+
+    def run(self) -> list[Site]:
+        """Fuses what can be fused, and says what became of every site."""
+        refresh_views(self.graph)
+        sites, updates = [], list(self._updates())
+        ropes = [node for node in self.graph.nodes if is_rope(node)]
+        keys: set[Node] = set()  # rope ops that lead to an update
+        for update in updates:
+            rope = None
+            try:
+                k = self._key(update)
+                rope = k.op
+                keys.add(k.node)
+                self._fuse(self._plan(update, k))
+                sites.append(Site(update.name, rope, True, where=source_line(update.node)))
+            except Unfused as why:
+                sites.append(Site(update.name, rope, False, why.reason, why.detail, source_line(update.node)))
+        if any(site.fused for site in sites):
+            from torch._inductor.pattern_matcher import stable_topological_sort
+
+            stable_topological_sort(self.graph)
+        for node in ropes:
+            if node not in keys and node not in self.taken and rotates_a_key(node):
+                sites.append(Site(None, op_name(node), False, Reason.NO_UPDATE, where=source_line(node)))
+        return sites
+
+    def _updates(self) -> Iterator[_Update]:
+        for node in self.graph.nodes:
+            op = UPDATE_OPS.get(name := op_name(node))
+            if op is not None and (op.layer or node.target in FUNCTIONALIZED):
+                yield _Update(node, name, op)
+
+    def _key(self, update: _Update) -> Rotation:
+        """The rotation that makes k_pe."""
+        k_pe = update.k_pe
+        val = k_pe.meta["val"]
+        if val.dim() not in (2, 3) or (val.dim() == 3 and hint(val.shape[1]) != 1):
+            raise Unfused(Reason.SHAPE, f"k_pe is {[hint(s) for s in val.shape]}")
+        rotation = find_rotation(k_pe)
+        if rotation is None:
+            self._explain(k_pe)
+        return rotation
+
+    def _explain(self, k_pe: Node) -> NoReturn:
+        """Why no rotation was found."""
+        expression = expression_of(k_pe)
+        rows = [node for node in expression if is_gather(node)]
+        for node in filter(is_lookup, expression):
+            if node not in rows:
+                raise Unfused(Reason.SHAPE, f"{text_of(node)}: not a table [max_position, R] by positions [N]")
+        if not rows and not any(map(is_rope, expression)):
+            if any(node.target is aten.mul.Tensor for node in expression):
+                raise Unfused(Reason.TABLE, "cos and sin are computed")
+            origin = expression[0] if len(expression) == 1 else root_of(k_pe)
+            if origin.op == "placeholder":
+                raise Unfused(Reason.PARTITIONED, origin.name)
+            raise Unfused(Reason.NO_ROPE, f"k_pe comes from {text_of(origin)}")
+        width = hint(k_pe.meta["val"].shape[-1])
+        tables = [[hint(t.meta["val"].shape[1]) for t in table_chain(gathered(node)[0])] for node in rows]
+        origins = {table_chain(gathered(node)[0])[0] for node in rows}
+        if rows and (len(origins) > 1 or not any(width in chain for chain in tables)):
+            raise Unfused(Reason.TABLE, ", ".join(sorted(node.name for node in origins)))
+        raise Unfused(Reason.NO_ROPE)
+
+    def _query(self, update: _Update, k: Rotation) -> Rotation:
+        """The query that is rotated as the key is, and nearest to it."""
+        after = closure([update.node], lambda n: n.users)
+        place = {node: i for i, node in enumerate(self.graph.nodes)}
+        found: list[Node] = []
+        if k.op == "PyTorch":
+            rows = [n for n in self.graph.nodes if is_gather(n) and plain(gathered(n)[1]) is k.positions]
+            made = {n for row in rows for n in consequences_of(row)} - set(expression_of(update.k_pe))
+            dtype = k.root.meta["val"].dtype
+            found = [n for n in made if is_tensor(n) and n.meta["val"].dim() == 3 and n.meta["val"].dtype == dtype]
+        ropes = [n for n in self.graph.nodes if is_rope(n)]
+        for node in sorted((*found, *ropes), key=lambda n: abs(place[n] - place[k.node])):
+            if node in after or node in self.taken:
+                continue
+            if node in ropes:
+                try:
+                    rotations = rotations_of(node)
+                except Unfused:
+                    continue
+            else:
+                rotations = [r for r in [find_rotation(node, like=k)] if r is not None]
+            for rotation in rotations:
+                if k.same_angles(rotation) and (rotation.root, rotation.view) != (k.root, k.view):
+                    return rotation
+        raise Unfused(Reason.NO_QUERY)
+
+    # -- what has to change
+
+    def _plan(self, update: _Update, k: Rotation) -> _Plan:
+        format_and_scale = _check_update(update, k)
+        q = self._query(update, k)
+        _check_dtypes(update, q, k)
+        if not (k.exact and q.exact) and not self.allow_rounding:
+            raise Unfused(Reason.ROUNDING, k.op)
+        why: Unfused | None = None
+        for pair in itertools.product(origins(q), origins(k)):
+            try:
+                plan = _Plan(update, *pair, format_and_scale)
+                self._check_views(plan)
+                self._readers(plan)
+                return plan
+            except Unfused as error:
+                why = error
+        assert why is not None
+        raise why
+
+    def _check_views(self, plan: _Plan) -> None:
+        for name, node in (("positions", plan.k.positions), ("cos_sin_cache", plan.k.table)):
+            if hint(node.meta["val"].stride(-1)) != 1 and hint(node.meta["val"].shape[-1]) > 1:
+                raise Unfused(Reason.SHAPE, f"{name} whose elements do not follow one another")
+        if plan.q.root is plan.k.root and not plan.q.view.apart(plan.k.view):
+            raise Unfused(Reason.OTHER_USER, "the key is a part of the query")
+        for rotation in (plan.q, plan.k):
+            if not rotation.view.distinct:
+                raise Unfused(Reason.SHAPE, "heads that share their memory cannot be rotated in place")
+            if hint(rotation.view.stride[2]) != 1:
+                raise Unfused(Reason.SHAPE, f"elements of a head {hint(rotation.view.stride[2])} apart")
+            for size in (*rotation.view.size, *rotation.view.stride, rotation.view.offset):
+                self._find_size(size, plan)
+
+    def _readers(self, plan: _Plan) -> None:
+        """Who reads the storages of q and k, before and after; checks that all of it can be put in order."""
+        update = plan.update
+        family = {node: storage for storage in plan.storages for node in storage.family}
+        copies = {node for storage in plan.storages for node in storage.copies}
+        place = {node: i for i, node in enumerate(self.graph.nodes)}
+        own = {update.node, *(u for u in update.node.users if u.target is operator.getitem)}
+
+        # Before: all that the fused op is computed from. It may read what the rotation leaves alone.
+        def inputs(reader: Node, nodes: Iterable[Node]) -> Iterator[Node]:
+            for node in nodes:
+                storage = family.get(node)
+                if storage is not None and node not in storage.views:
+                    if storage.state(node) not in (State.APART, State.OLD):
+                        raise Unfused(Reason.DEPENDENCE, text_of(reader))
+                    plan.old.append((reader, node))
+                    yield storage.root
+                elif node in own or node in copies:
+                    raise Unfused(Reason.DEPENDENCE, text_of(node))
+                else:
+                    yield node
+
+        roots = [storage.root for storage in plan.storages]
+        given = [update.kv_c, *update.others, plan.k.positions, plan.k.table, *roots]
+        before = closure(inputs(update.node, given), lambda n: inputs(n, n.all_input_nodes))
+
+        # After: all that is alive once every member of the families has its place in the new storage.
+        def alive(node: Node) -> Iterable[Node]:
+            return (n for n in node.all_input_nodes if not (n in family or n in copies or n in own))
+
+        live = closure((n for n in self.graph.nodes if n.op == "output" or n.is_impure()), alive)
+        for node, storage in family.items():
+            for reader in node.users:
+                written = reader.target is aten.copy_.default and reader.args[0] is node
+                if reader in family or reader in own or reader not in live or written:
+                    continue
+                if reader.target in META_ONLY:
+                    plan.old.append((reader, node))
+                elif reader not in before and storage.state(node) in (State.NEW, State.APART):
+                    plan.new.append((reader, node))
+                elif reader not in before:
+                    raise Unfused(Reason.OTHER_USER, text_of(reader))
+        for storage in plan.storages:
+            _check_input(storage)
+            for node, member in storage.copies.items():
+                mine, others = View.of(node.meta["val"]), View.of(member.meta["val"])
+                returned = any(user.op == "output" for user in node.users)
+                if returned and mine.steps != others.steps and not mine.contiguous:
+                    raise Unfused(Reason.SHAPE, f"{node.name}, which the graph returns, would change its strides")
+
+        # The order: the update stays where it is; what needs the rotated values moves behind it, if it was before.
+        moved = closure((*copies, *(reader for reader, _ in plan.new)), lambda n: n.users)
+        last = max(place[n] for n in before)
+        for node in live:
+            at = place[node]
+            across = (node in moved and at < place[update.node]) or place[update.node] < at < last
+            if across and has_side_effects(node):
+                raise Unfused(Reason.SIDE_EFFECT, text_of(node))
+
+    # -- the change
+
+    def _fuse(self, plan: _Plan) -> None:
+        update, storages = plan.update, plan.storages
+        with self.graph.inserting_before(update.node):
+            twins = {view: view for storage in storages for view in storage.views}
+            for reader, node in plan.old:
+                reader.replace_input_with(node, self._twin(node, storages, twins))
+            fused = self._insert(plan)
+            twins = {storage.root: self._part(fused, 1 + i) for i, storage in enumerate(storages)}
+            for storage in storages:
+                for node, member in storage.copies.items():
+                    twin = self._twin(member, storages, twins)
+                    for user in node.users:
+                        if user.target in (aten.view.default, aten._unsafe_view.default):
+                            user.target = aten.reshape.default  # the twin may have other strides
+                    node.replace_all_uses_with(twin, lambda user: user.op != "output")
+                    if node.users:
+                        node.replace_all_uses_with(self._for_output(twin, node))
+            for reader, node in plan.new:
+                reader.replace_input_with(node, self._twin(node, storages, twins))
+            caches = [self._part(fused, 1 + len(storages) + i) for i in range(len(update.used_caches))]
+            if update.op.layer:
+                update.node.replace_all_uses_with(self._part(fused, 0))
+        for user in list(update.node.users):
+            user.replace_all_uses_with(caches[update.cache_index(user)])
+        self.taken |= {plan.q.node, plan.k.node}
+        dead = [node for storage in storages for node in (*storage.copies, *storage.family)]
+        self.taken.update(dead)
+        erase_dead([update.node, *dead])
+
+    def _insert(self, plan: _Plan) -> Node:
+        """The fused op."""
+        update, q, k, graph = plan.update, plan.q, plan.k, self.graph
+        kwargs: dict[str, Any] = {
+            "positions": k.positions,
+            "kv_c": update.kv_c,
+            "cos_sin_cache": k.table,
+            "is_neox": k.is_neox,
+        }
+        roots = [storage.root for storage in plan.storages]
+        bases: list[Any] = list(roots)
+        if update.op.layer:
+            op: Any = torch.ops.latentkv.layer_rope_write_cache.default
+            kwargs["layer"] = known_ops.layer_of(update.kwargs[update.op.layer])
+        else:
+            op = torch.ops.latentkv.rope_write_cache_.default
+            assert plan.format_and_scale is not None
+            format, scale = plan.format_and_scale
+            kwargs |= {"slot_mapping": update.kwargs["slot_mapping"], "scale": scale, "format": format}
+            kwargs |= {"rope_masked": True, "_rope_cache_base_index": None}
+            for ours, (base, name) in zip(("cache", "rope_cache"), update.caches, strict=False):
+                if base is None:
+                    continue
+                parts = {key: v for key, v in update.kwargs.items() if key.startswith(f"_{name}_")}
+                kwargs |= {f"_{ours}_{key.removeprefix(f'_{name}_')}": v for key, v in parts.items()}
+                kwargs[f"_{ours}_base_index"] = len(bases)
+                bases.append(base)
+        size, stride = k.view.size, k.view.stride
+        key = View((size[0], size[2]), (stride[0], stride[2]), k.view.offset)
+        for name, rotation, view in (("q_pe", q, q.view), ("k_pe", k, key)):
+            kwargs[f"_{name}_base_index"] = roots.index(rotation.root)
+            if view != View.of(rotation.root.meta["val"]):
+                kwargs[f"_{name}_size"] = tuple(self._size(s, plan) for s in view.size)
+                kwargs[f"_{name}_stride"] = tuple(self._size(s, plan) for s in view.stride)
+                kwargs[f"_{name}_storage_offset"] = self._size(view.offset, plan)
+        fused = graph.call_function(FUNCTIONALIZED[0], (op,), {**kwargs, "_all_bases": bases})
+        # What torch would find by running the op on fake tensors, in a tenth of the time.
+        result = update.node.meta["val"] if update.op.layer else None
+        return self._finish(fused, update.node, (result, *map(fake_like, bases)))
+
+    def _finish(self, node: Node, like: Node, val: Any = None) -> Node:
+        """Gives a new node its fake tensors, and the place in the source of the one it stands for."""
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        node.meta["val"] = fake_result(node) if val is None else val
+        return node
+
+    def _part(self, node: Node, index: int) -> Node:
+        return self._finish(self.graph.call_function(operator.getitem, (node, index)), node)
+
+    def _twin(self, node: Node, storages: Sequence[Storage], made: dict[Node, Node]) -> Node:
+        """For a member of a storage's family, the view at its place of what ``made`` has for the root."""
+        if node not in made:
+            source = next(s.family[node] for s in storages if node in s.family)
+            assert source is not None
+            twin = self._twin(source, storages, made)
+            if parent_of(node) is source:  # a view; a later version is at the place of its source
+                twin, old = self.graph.node_copy(node, lambda n: twin if n is source else n), node
+                self._finish(twin, old)
+            made[node] = twin
+        return made[node]
+
+    def _for_output(self, twin: Node, node: Node) -> Node:
+        """What the graph returns instead of ``node``: of the same strides, so that it may have to be a copy."""
+        if View.of(twin.meta["val"]).steps == View.of(node.meta["val"]).steps:
+            return twin
+        copy = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
+        return self._finish(copy, node)
+
+    def _size(self, size: Size, plan: _Plan) -> Any:
+        """A size for the graph: a number, or the node that has it, made if need be."""
+        found = self._find_size(size, plan)
+        return found if isinstance(found, int | Node) else self._finish(self.graph.call_function(*found), plan.k.node)
+
+    def _find_size(self, size: Size, plan: _Plan) -> int | Node | tuple[Any, tuple[Node, int]]:
+        """Where a size comes from: itself, a node, or the op and the arguments that ask a tensor for it."""
+        if isinstance(size, int) or size.node.expr.is_number:
+            return int(size)
+
+        def same(other: Any) -> bool:
+            return isinstance(other, torch.SymInt) and other.node.expr == size.node.expr
+
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and same(node.meta.get("val")):
+                return node  # type: ignore[no-any-return]
+        for source in (plan.k.positions, *(v for s in plan.storages for v in s.family if is_tensor(v))):
+            t = source.meta["val"]
+            for op, numbers in ((aten.sym_size.int, t.shape), (aten.sym_stride.int, t.stride())):
+                for d, number in enumerate(numbers):
+                    if same(number):
+                        return op, (source, d)
+        raise Unfused(Reason.SHAPE, f"no tensor has the size {size}")
+
+
+def _check_input(storage: Storage) -> None:
+    """An input of the graph may change only if the graph itself says so, by copying the result to it."""
+    root = storage.root
+    if root.op not in ("placeholder", "get_attr"):
+        return
+    copies: list[Any] = [u.args[1] for u in root.users if u.target is aten.copy_.default and u.args[0] is root]
+    if not any(map(storage.holds_all, copies)) or hint(root.meta["val"].storage_offset()):
+        raise Unfused(Reason.INPUT, root.name)
+
+
+def _check_update(update: _Update, k: Rotation) -> tuple[str, Any] | None:
+    kv_c = update.kv_c.meta["val"]
+    if kv_c.dim() != 2:
+        raise Unfused(Reason.SHAPE, f"kv_c is {[hint(s) for s in kv_c.shape]}")
+    theirs = not update.name.startswith("latentkv::") and Platform.detect().fp8_format == "fp8_e4m3fnuz"
+    if update.op.layer:
+        if theirs and update.kwargs["kv_cache_dtype"] == "fp8_ds_mla":
+            raise Unfused(Reason.FORMAT, "fp8_ds_mla, whose tiles are FNUZ there")
+        layer = known_ops.layer_of(update.kwargs[update.op.layer])
+        number = layer.meta.get("val") if isinstance(layer, Node) else layer
+        if not isinstance(number, int | torch.SymInt):
+            raise Unfused(Reason.DTYPE, f"{update.op.layer} is neither a name nor an integer: {layer}")
+        return None
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    slots, positions = update.kwargs["slot_mapping"].meta["val"], k.positions.meta["val"]
+    if not statically_known_true(slots.shape[0] == positions.shape[0]):
+        raise Unfused(Reason.PADDING, f"{slots.shape[0]} slots, {positions.shape[0]} positions")
+    cache = update.caches[0][0]
+    assert cache is not None
+    name, scale = known_ops.format_and_scale(update.kwargs, kv_c, cache.meta["val"])
+    format = FORMATS.get(name)
+    if format is None or format.activation not in (None, kv_c.dtype):
+        raise Unfused(Reason.DTYPE, f"kv_c is {kv_c.dtype} for format {name}")
+    if format.packed:
+        dims = (hint(kv_c.shape[1]), k.view.hints[0][2])
+        if dims != format.packed.dims or theirs:
+            raise Unfused(Reason.FORMAT, f"{name} of {dims}{', whose tiles are FNUZ there' if theirs else ''}")
+    return name, scale
+
+
+def _check_dtypes(update: _Update, q: Rotation, k: Rotation) -> None:
+    dtypes = {"q_pe": q.root, "k_pe": k.root, "kv_c": update.kv_c}
+    kinds = {name: node.meta["val"].dtype for name, node in dtypes.items()}
+    table = k.table.meta["val"].dtype
+    if len(set(kinds.values())) > 1 or kinds["q_pe"] not in ACTIVATIONS or table not in ACTIVATIONS:
+        raise Unfused(Reason.DTYPE, ", ".join(f"{n} {d}" for n, d in {**kinds, "cos_sin_cache": table}.items()))
+
+
+def fuse(graph: Graph, allow_rounding: bool) -> list[Site]:
+    """Fuses RoPE and cache updates in a functionalised graph, and says what became of every site."""
+    return _Fuser(graph, allow_rounding).run()

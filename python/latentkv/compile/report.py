@@ -1,0 +1,99 @@
+"""What the pass saw, what it fused, and why it left the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+__all__ = ["Reason", "Report", "Site"]
+
+
+class Reason(Enum):
+    """Why a site is not fused."""
+
+    PARTITIONED = "k_pe is an input of this graph: if it is rotated, then in another"
+    NO_ROPE = "k_pe is not rotated here, or not by RoPE as latentkv computes it"
+    NO_QUERY = "no query is rotated with the same table and positions"
+    NO_UPDATE = "no cache update takes the rotated key in this graph"
+    ROUNDING = "the arithmetic rounds otherwise than latentkv's; allow_rounding=True fuses it"
+    OTHER_USER = "something else reads q_pe or k_pe before the rotation"
+    DTYPE = "a dtype that the fused op does not take"
+    FORMAT = "rows of a packed format that the fused op does not write to the same bytes"
+    SIDE_EFFECT = "an op with side effects stands between rope and update"
+    SHAPE = "shapes other than positions [N], q_pe [N, H, R], k_pe [N, R] or [N, 1, R], kv_c [N, L]"
+    PADDING = "slot_mapping may be shorter than positions: the fused op would not rotate the rest"
+    INPUT = "q or k is an input of the graph that keeps its value"
+    TABLE = "cos and sin do not come from one table [max_position, R] by positions [N]"
+    DEPENDENCE = "kv_c is computed from what was rotated"
+
+
+class Unfused(Exception):
+    """Why a site is left as it is."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Site:
+    """One cache update (or one rope op without any) in one compiled graph.
+
+    Attributes:
+        update: the update's op, None for a rope op without an update.
+        rope: the op that rotates, ``PyTorch`` for plain arithmetic, None where no rotation was found.
+        fused: whether the fused op took their place.
+        reason: why not; None where fused.
+        detail: the reason, about this very site.
+        where: the line that calls the update (or the rope op), if torch knows it.
+    """
+
+    update: str | None
+    rope: str | None
+    fused: bool
+    reason: Reason | None = None
+    detail: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.rope or '?'} + {self.update or '?'}"
+        verdict = "fused" if self.reason is None else f"not fused: {self.reason.name}: {self.reason.value}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{what}: {verdict}{detail}{f' [{self.where}]' if self.where else ''}"
+
+
+@dataclass
+class Report:
+    """Every site of every graph that was compiled while the pass was on.
+
+    A graph that Inductor takes from its cache was seen when it was compiled, perhaps by another process, and is not
+    seen again: what was fused then is fused.
+
+    Attributes:
+        sites: in the order of compilation.
+        graphs: how many graphs the pass was given, those without a site too.
+        cached: how many came from Inductor's cache instead.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    graphs: int = 0
+    cached: int = 0
+
+    @property
+    def fused(self) -> list[Site]:
+        """The sites that were fused."""
+        return [site for site in self.sites if site.fused]
+
+    @property
+    def unfused(self) -> list[Site]:
+        """The sites that were not."""
+        return [site for site in self.sites if not site.fused]
+
+    def __str__(self) -> str:
+        head = f"latentkv.compile: {len(self.fused)} of {len(self.sites)} sites fused in {self.graphs} graphs"
+        if self.cached:
+            head += f", {self.cached} more from Inductor's cache as they were compiled before"
+        counts: dict[str, int] = {}
+        for site in self.sites:
+            counts[str(site)] = counts.get(str(site), 0) + 1
+        return "\n".join([head, *(f"  {count} x {text}" for text, count in counts.items())])
