@@ -31,3 +31,5 @@ for op in rope_ write_cache_ rope_write_cache_ decode_prologue write_cache_group
 done 2>&1 | tee "$OUT/bench.txt"
 latentkv bench --op write_cache_ --model deepseek-v4 --formats fp8_model1 --csv "$OUT/write_cache_model1.csv" \
   "${peers[@]}" 2>&1 | tee -a "$OUT/bench.txt"
+python3 "$repo/benchmarks/compiled_layer.py" --csv "$OUT/compiled_layer.csv" --styles "op,pytorch${1:+,vllm}" \
+  ${1:+--vllm-library "$1"} 2>&1 | tee "$OUT/compiled_layer.txt"
