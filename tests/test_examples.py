@@ -1,4 +1,4 @@
-"""The examples run, their bytes are the reference's, and the guide quotes them."""
+"""The examples run, their bytes are the reference's, and the guides quote them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from conftest import Python
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "examples").glob("*.py"))}
 SAYS = {
+    "compiled_layer": ["1 of 1 sites fused", "query [6, 16, 192] and fp8_e4m3fn rows"],
     "deepseek_v32_decode": ["rows of 656 bytes, indexer keys of 132", "slot 70: tile scales"],
     "deepseek_v3_decode": ["fp8 query [6, 16, 576] and rows", "split query, query in place"],
     "kimi_k3_decode": ["query [6, 12, 576] and rows"],
@@ -21,15 +22,15 @@ SAYS = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(python: Python, name: str) -> None:
-    result = python(EXAMPLES[name])
+    result = python(EXAMPLES[name], TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
     assert result.returncode == 0, result.stderr
     assert "all bytes equal the reference's" in result.stdout
     for said in SAYS[name]:
         assert said in result.stdout
 
 
-def test_the_guide_quotes_the_examples() -> None:
-    guide = (ROOT / "docs" / "decode.md").read_text("utf-8")
+def test_the_guides_quote_the_examples() -> None:
+    guide = "".join((ROOT / "docs" / name).read_text("utf-8") for name in ("decode.md", "compile.md"))
     blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     assert blocks
     for block in blocks:
