@@ -108,9 +108,9 @@ class Inputs:
         self.t = {name: t.to(self.device) for name, t in self.t.items()}
         self.caches = {name: self._cache() for name in NAMES[: self.layers]}
         for i, cache in enumerate(self.caches.values()):  # for those updates that take their cache as an argument
-            self.t |= {f"cache{i}": cache.data} | (
-                {f"rope_cache{i}": cache.rope_data} if cache.rope_data is not None else {}
-            )
+            self.t[f"cache{i}"] = cache.data
+            if cache.rope_data is not None:
+                self.t[f"rope_cache{i}"] = cache.rope_data
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._random)
@@ -127,9 +127,11 @@ class Inputs:
         """Where layer-named ops, and attention, find the caches."""
         engine_ops.CACHES.clear()
         engine_ops.CACHES.update({name: cache for name, cache in self.caches.items() if cache is not None})
-        with step(self.caches, self.t["slots"]):
-            yield
-        engine_ops.CACHES.clear()
+        try:
+            with step(self.caches, self.t["slots"]):
+                yield
+        finally:
+            engine_ops.CACHES.clear()
 
 
 # ------------------------------------------------------------------------------------------------- compiling
@@ -335,7 +337,7 @@ class Program:
         gathered: how rows of the table are taken: "index", "index_select", "embedding"; "op" for ops.
         take: where the rotated query goes: into its "slice" of q; there by an "assigned" copy of itself; from a "flat"
             contiguous copy back into its slice; into a "cat"; or "direct", to attention as it is.
-        key: k_pe as [N, R] ("2d") or [N, 1, R] ("3d") in RoPE, and in the update: two letters, "22", "32", "33".
+        key: the dimensions of k_pe, [N, R] or [N, 1, R], in RoPE and in the update: "22", "32", "33".
         source: q and k_pe from "two" projections, or a split of "one".
         update: of :data:`UPDATE_NAMES`, with the format: "", "-fp8" (with a scale), "-split" (fp8, two tensors).
         norm: kv_c goes through arithmetic of its own before it is written.
@@ -382,6 +384,10 @@ class Program:
     def rounding(self) -> bool:
         """Whether it takes ``allow_rounding``."""
         return self.rope in ("flashinfer", "aiter")
+
+    def with_rows(self, n: int) -> Program:
+        """The same for another N."""
+        return dataclasses.replace(self, dims=dataclasses.replace(self.dims, n=n))
 
     def inputs(self, device: str) -> Inputs:
         kind, _, format = self.update.partition("-")
@@ -515,7 +521,7 @@ def covering() -> list[Program]:
         choices = CHOICES | draw.choice(ALTERNATIVES)
         return Program(**{name: draw.choice(values) for name, values in choices.items()})
 
-    pool = [p for p in (sample() for _ in range(20000)) if p.valid]
+    pool = [p for p in (sample() for _ in range(10000)) if p.valid]
     pairs = {p: {*itertools.combinations([(n, getattr(p, n)) for n in CHOICES], 2)} for p in pool}
     left, chosen = set().union(*pairs.values()), []
     while left:
@@ -577,34 +583,27 @@ SOME = (
 )
 def test_inductor(program: Program, dynamic: bool, device: str) -> None:
     """The whole compiler, off and on: the same bits, and no kernel generated that was not there before."""
-    make = functools.partial(program.inputs, device)
-    makes = [
-        make,
-        functools.partial(dataclasses.replace(program, dims=dataclasses.replace(program.dims, n=7)).inputs, device),
-    ]
-    makes = makes if dynamic else makes[:1]
+    programs = [program, program.with_rows(7)] if dynamic else [program]
+    makes = [functools.partial(p.inputs, device) for p in programs]
     off = execute(program, *makes, backend="inductor", dynamic=dynamic)
     on = execute(program, *makes, backend="inductor", dynamic=dynamic, fuse={})
     assert_same(off, on)
     check_fused(program, on)
-    (code,) = on.code
+    (code,) = (code.partition("def call(")[2] for code in on.code)
     named = {
         op: code.count(f"torch.ops.{op.replace('::', '.')}.default(")
         for op in {*FUSED, *ROPE_NAMES.values(), *UPDATE_NAMES.values()}
     }
     assert Counter({op: count for op, count in named.items() if count}) == Counter([fused_op(program.update)])
     assert kernels(on.code) == program.norm <= kernels(off.code)
-    for word in ("copy_(", "clone", "slice_scatter", "reinterpret_tensor_fallback"):
+    for word in ("copy_(", "clone", "slice_scatter"):
         assert word not in code
 
 
 @pytest.mark.parametrize("program", SOME, ids=str)
 def test_dynamic_rows(program: Program, device: str) -> None:
     """One graph for any N but 0 and 1, with nothing left in it."""
-    makes = [
-        functools.partial(dataclasses.replace(program, dims=dataclasses.replace(program.dims, n=n)).inputs, device)
-        for n in (5, 11, 2, 16)
-    ]
+    makes = [functools.partial(program.with_rows(n).inputs, device) for n in (5, 11, 2, 16)]
     off = execute(program, *makes, backend="eager")
     on = execute(program, *makes, dynamic=True, fuse={})
     assert_same(off, on)
@@ -642,15 +641,15 @@ def test_each_layer_has_its_own_query(program: Program, parallel: bool, device: 
     assert_same(off, on)
     check_fused(program, on, layers=3)
     assert calls(on.graphs)[fused_op(program.update)] == 3
-    for node in on.graphs[0].graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith("latentkv."):
-            q, k = (root.args[1] for root in (source(node.args[1]), source(node.args[2])))
-            weights = [n for n in on.graphs[0].graph.nodes if n.op == "placeholder" and n.meta["val"].shape[0] == 24]
-            queries = [
-                n for n in weights if n.meta["val"].shape[1] == program.dims.h * (program.dims.p + program.dims.r)
-            ]
-            keys = [n for n in weights if n.meta["val"].shape[1] == program.dims.latent + program.dims.r]
-            assert queries.index(q) == keys.index(k)
+    nodes = on.graphs[0].graph.nodes
+    made = [tuple(source(x).args[1] for x in node.args[1:3]) for node in nodes if "rope_write" in str(node.target)]
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    d = program.dims
+    of_width = {
+        width: [n for n in inputs if n.meta["val"].shape == (24, width)]
+        for width in (d.h * (d.p + d.r), d.latent + d.r)
+    }
+    assert made == list(zip(*of_width.values(), strict=True))
 
 
 class Branches(Program):
@@ -898,15 +897,13 @@ def latent_from_the_rotated(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c + k_pe[:, :1], k_pe)
 
 
+@unfused(Reason.PADDING)
 def padded(t: Tensors) -> list[Tensor]:
     """Slots for fewer rows than positions: the unfused RoPE rotates them all, the fused op would not."""
     q, kv_c, k_pe = parts(t)
     ours(t, q, k_pe)
     torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"][:3], t["cache0"], None, None, "bf16")
     return list(torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None))
-
-
-UNFUSED["padded"] = (Reason.PADDING, padded, {})
 
 
 @pytest.mark.parametrize("name", UNFUSED)
@@ -1143,7 +1140,7 @@ def turn_all(t: Tensors, q: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
 def heads_change_places(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
     q, k_pe = turn_all(t, torch.cat([q[:, 1:], q[:, :1]], 1), k_pe)
-    return finish(torch.cat([q[:, 1:], q[:, :1]], 1)[:, [0, 1, 2]], kv_c, k_pe)
+    return finish(torch.cat([q[:, 2:], q[:, :2]], 1), kv_c, k_pe)
 
 
 @tricky()
@@ -1244,7 +1241,7 @@ def heads_with_an_offset(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c, k_pe)
 
 
-@tricky(fused=1)
+@tricky(layers=2)
 def one_key_for_two_layers(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
     ours(t, q, k_pe)
@@ -1253,6 +1250,7 @@ def one_key_for_two_layers(t: Tensors) -> list[Tensor]:
     return list(torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, done, None, NAMES[0]))
 
 
+@tricky(fused=1, layers=2)
 def one_query_for_two_keys(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
     other, other_key = (t["x"].flip(0) @ t["w_kv0"]).split([D.latent, D.r], -1)
@@ -1260,10 +1258,6 @@ def one_query_for_two_keys(t: Tensors) -> list[Tensor]:
     out = finish(q, kv_c, k_pe)
     done = torch.ops.latentkv.layer_write_cache(other, turned(other_key, *angles(t)), LAYERS[1])
     return [*out, *torch.ops.latentkv_tests.attention(q, None, other, other_key, done, None, NAMES[1])]
-
-
-TRICKY["one_query_for_two_keys"] = (one_query_for_two_keys, {"layers": 2}, 1)
-TRICKY["one_key_for_two_layers"] = (one_key_for_two_layers, {"layers": 2}, None)
 
 
 @tricky(fused=1)
@@ -1509,6 +1503,24 @@ def flattened_parts(t: Tensors) -> list[Tensor]:
 
 
 @tricky()
+def strided_by_hand(t: Tensors) -> list[Tensor]:
+    """What lies so in the memory of the unfused results."""
+    q, kv_c, k_pe = parts(t)
+    cos_sin = angles(t)
+    q_pe, k_pe = turned(q[..., D.p :], *cos_sin), turned(k_pe, *cos_sin)
+    more = q_pe.as_strided((2, D.r), (D.r, 1)) * 2, k_pe.as_strided((D.r, 3), (1, D.r)) * 2
+    return finish(put(q, q_pe), kv_c, k_pe, *more)
+
+
+@tricky()
+def strided_by_hand_in_place(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    ours(t, q, k_pe)
+    more = q.as_strided((2, 3), (1, 2), 20) * 2, k_pe.as_strided((3, D.r), (D.latent + D.r, 1), D.latent) * 2
+    return finish(q, kv_c, k_pe, *more)
+
+
+@tricky()
 def positions_of_stride_0(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
     t["positions"] = t["positions"][:1].expand(len(kv_c))
@@ -1539,6 +1551,127 @@ def views_of_one_input(t: Tensors) -> list[Tensor]:
     done = torch.ops.latentkv.layer_write_cache(t["kv_c_in"], t["k_pe_in"], LAYERS[0])
     q = t["q_pe_in"]
     return list(torch.ops.latentkv_tests.attention(q, None, t["kv_c_in"], t["k_pe_in"], done, None, NAMES[0]))
+
+
+def turn_in_place(t: Tensors, q: Tensor, k_pe: Tensor) -> Tensor:
+    """The query first, written back; then the key, which is returned."""
+    cos_sin = angles(t)
+    q[..., D.p :] = turned(q[..., D.p :], *cos_sin)
+    return turned(k_pe, *cos_sin)
+
+
+@tricky(fused=1)
+def query_before_key_in_one_projection(t: Tensors) -> list[Tensor]:
+    widths = [D.h * (D.p + D.r), D.latent, D.r]
+    q, kv_c, k_pe = (t["x"] @ torch.cat([t["w_q0"], t["w_kv0"]], 1)).split(widths, -1)
+    q = q.view(-1, D.h, D.p + D.r)
+    k_pe = turn_in_place(t, q, k_pe)
+    return finish(q, kv_c, k_pe)
+
+
+@tricky(fused=0)
+def key_through_fp8(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    k_pe = turn_in_place(t, q, k_pe)
+    return finish(q, kv_c, k_pe.to(torch.float8_e4m3fn).bfloat16())
+
+
+@tricky(fused=0)
+def key_through_integers(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    k_pe = turn_in_place(t, q, k_pe)
+    return finish(q, kv_c, k_pe.to(torch.int32).bfloat16())
+
+
+@tricky(fused=0)
+def table_through_fp8(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    cos, sin = (x.to(torch.float8_e4m3fn).float() for x in angles(t))
+    q[..., D.p :] = turned(q[..., D.p :], cos, sin)
+    return finish(q, kv_c, turned(k_pe, cos, sin))
+
+
+@tricky()
+def query_through_fp8_before(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    cos_sin = angles(t)
+    q[..., D.p :] = turned(q[..., D.p :].to(torch.float8_e4m3fn).bfloat16(), *cos_sin)
+    return finish(q, kv_c, turned(k_pe, *cos_sin))
+
+
+@tricky()
+def key_changed_by_a_column_later(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    k_pe = turn_in_place(t, q, k_pe)
+    result = finish(q, kv_c, k_pe)
+    torch.ops.latentkv_tests.count_(k_pe[:, 1])
+    return [*result, k_pe]
+
+
+@tricky()
+def query_changed_by_a_head_later(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    q, k_pe = turn_all(t, q, k_pe)
+    result = finish(q, kv_c, k_pe)
+    torch.ops.latentkv_tests.count_(q[:, 0])
+    return [*result, q]
+
+
+@tricky()
+def key_by_strides(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    k_pe = turn_in_place(t, q, k_pe)
+    return finish(q, kv_c, k_pe, torch.as_strided(k_pe, (D.n, D.r), (D.r, 1)) * 1)
+
+
+@tricky(dims=Dims(n=1))
+def bytes_of_the_key_before(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    old = k_pe.view(torch.uint8) + 1
+    return finish(q, kv_c, turn_in_place(t, q, k_pe), old)
+
+
+@tricky(fused=1)
+def one_element_of_each(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    k_pe = turn_in_place(t, q, k_pe)
+    return finish(q, kv_c, k_pe, q[0, 0, -1:] * 2, (k_pe[0, 0] * 2).reshape(1))
+
+
+@pytest.mark.parametrize("what", ["sin", "query"])
+def test_bounds_that_are_symbols(what: str, device: str) -> None:
+    """A slice that is RoPE's for one value of an integer is not for another, in the same graph."""
+
+    def fn(t: Tensors, start: int) -> list[Tensor]:
+        q, kv_c, k_pe = parts(t)
+        cos, sin = rows = t["table"][t["positions"]].chunk(2, -1)
+        source = q[..., D.p :]
+        if what == "sin":
+            sin = torch.cat(rows, -1)[:, start - 8 : start]
+        else:
+            source = q[..., start : start + D.r]
+        q[..., D.p :] = turned(source, cos, sin)
+        return finish(q, kv_c, turned(k_pe, cos, sin))
+
+    for start in (D.p, D.p - 2):
+        results: list[list[Tensor]] = []
+        for on in (False, True):
+            inputs, graphs = Inputs(device, layers=2), []
+            with settings_of_all_runs(), contextlib.ExitStack() as stack:
+                stack.enter_context(torch._dynamo.config.patch(specialize_int=False))
+                if on:
+                    stack.enter_context(enable())
+                stack.enter_context(inputs.step())
+                call = torch.compile(fn, backend=stop_at_graph(graphs), dynamic=True, fullgraph=True) if on else fn
+                for t in inputs.t.values():
+                    torch._dynamo.mark_static(t)
+                if on:
+                    call(inputs.t, D.p)  # which makes the graph
+                    inputs = Inputs(device, layers=2)
+                    stack.enter_context(inputs.step())
+                results.append(call(inputs.t, start))
+        for a, b in zip(*results, strict=True):
+            assert_same_bytes(a, b)
 
 
 @pytest.mark.parametrize("name", TRICKY)
@@ -1705,7 +1838,7 @@ def test_unbacked_rows(program: Program, device: str) -> None:
     with settings_of_all_runs(), enable() as fusion:
         compiled = torch.compile(program, backend=stop_at_graph(graphs), fullgraph=True)
         for n in (7, 3, 12):
-            make = functools.partial(dataclasses.replace(program, dims=Dims(n=n)).inputs, device)
+            make = functools.partial(program.with_rows(n).inputs, device)
             inputs = make()
             for name in ROWS:
                 torch._dynamo.decorators.mark_unbacked(inputs.t[name], 0)
@@ -2006,7 +2139,7 @@ def test_uuid_beside_a_users_pass() -> None:
 def test_inductors_cache(device: str) -> None:
     """What was fused once comes from the cache fused, and only for the same options."""
     from torch._dynamo.utils import counters
-    from torch._inductor.utils import fresh_inductor_cache
+    from torch._inductor.utils import fresh_cache
 
     def run(**options: Any) -> tuple[int, Outcome]:
         torch._dynamo.reset()
@@ -2017,7 +2150,7 @@ def test_inductors_cache(device: str) -> None:
         return counters["inductor"]["fxgraph_cache_hit"], Outcome(list(out), [inputs], [], [], fusion.report)
 
     off = execute(BASE, functools.partial(Inputs, device), backend="eager")
-    with settings_of_all_runs(), torch._inductor.config.patch(fx_graph_cache=True), fresh_inductor_cache():
+    with settings_of_all_runs(), torch._inductor.config.patch(fx_graph_cache=True), fresh_cache():
         for options, expected in (({}, 0), ({}, 1), ({"strict": True}, 0), ({"strict": True}, 1)):
             hits, on = run(**options)
             assert hits == on.report.cached == expected
@@ -2036,8 +2169,7 @@ def test_report_is_a_table(device: str) -> None:
         run_once(Program(layers=2), Inputs(device, layers=2))
         run_once(UNFUSED["key_not_rotated"][1], Inputs(device))
     text = str(fusion.report)
-    print(text)
-    assert "PyTorch" in text and "latentkv::layer_write_cache" in text and "NO_ROPE" in text
+    assert "2 of 3" in text and "PyTorch" in text and "latentkv::layer_write_cache" in text and "NO_ROPE" in text
     assert [site.fused for site in fusion.report.sites] == [True, True, False]
 
 

@@ -8,7 +8,8 @@ fingerprints agree, and to the last bit: the laws used (x * y = y * x, x + y = y
 x - y = x + (-y)) hold for every rounding, and each rounding to 16 bits is part of the expression.
 
 Only some rows (tokens) are looked at, but all of each. They stand for the rest because an op that treats rows
-differently, such as a slice or a concatenation along them, counts as unknown. Sizes that are symbolic take their hints.
+differently, such as a slice or a concatenation along them, counts as unknown; so does one whose bounds are symbols. The
+number of rows may be a symbol: it takes its hint.
 """
 
 from __future__ import annotations
@@ -80,6 +81,14 @@ def _symbol_hint(x: torch.SymInt, symbol: Any) -> int:
     env = x.node.shape_env
     values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     return int(values.get(symbol, 5))  # an unbacked size: any will do
+
+
+def number(x: Any) -> int | None:
+    """A size that is the same whatever sizes the graph will run with; None where it is a symbol."""
+    if isinstance(x, Node):
+        x = x.meta["val"]
+    x = expr_of(x)
+    return int(x) if isinstance(x, int) or x.is_number else None
 
 
 def expr_of(x: Any) -> Any:
@@ -204,8 +213,9 @@ class Elements:
     def to(self, x: Values, dtype: torch.dtype) -> Values:
         """Converted to a dtype: rounded, unless it is known to hold the values already."""
         narrow = _narrow(dtype)
-        if narrow == _WIDER or not dtype.is_floating_point:
-            return Values(x.ids, x.narrow)
+        if narrow == _WIDER:  # fp64 holds all that fp32 does; of anything else it is only known that it is a function
+            ids = x.ids if dtype == torch.float64 else _mix(f"convert {dtype}", x.ids)
+            return Values(ids, np.full(ids.shape, _WIDER, np.uint8))
         fits = (x.narrow == narrow) | ((narrow == _WIDE) & (x.narrow != _WIDER))
         size, negative = _unsigned(x.ids)
         rounded = _signed(_mix(f"round {dtype}", size), negative) if self.rounded else x.ids
@@ -360,7 +370,8 @@ def _slice(e: Elements, node: Node, flat: Flat) -> Values:
     dim, step = _dim(node, 1, len(source)), hint(_argument(node, 4, "step", 1))
     if expr_of(node.meta["val"].shape[dim]) == expr_of(x.meta["val"].shape[dim]):
         return e(x, flat)
-    if not e.within_rows(x, dim):
+    bounds = (x.meta["val"].shape[dim], node.meta["val"].shape[dim], _argument(node, 2, "start") or 0, step)
+    if not e.within_rows(x, dim) or None in map(number, bounds):
         return e.leaf(node, flat)
     coords[dim] = _clamped(_argument(node, 2, "start"), source[dim], 0) + coords[dim] * step
     return e(x, ravel(coords, source))
@@ -371,7 +382,7 @@ def _select(e: Elements, node: Node, flat: Flat) -> Values:
     x: Any = node.args[0]
     source, coords = shape_of(x), unravel(flat, shape_of(node))
     dim = _dim(node, 1, len(source))
-    if not e.within_rows(x, dim):
+    if not e.within_rows(x, dim) or None in map(number, (x.meta["val"].shape[dim], node.args[2])):
         return e.leaf(node, flat)
     coords.insert(dim, np.full_like(flat, hint(node.args[2]) % source[dim]))
     return e(x, ravel(coords, source))
@@ -388,7 +399,7 @@ def _part(e: Elements, node: Node, flat: Flat) -> Values:
     x, part = split.args[0], hint(node.args[1])
     source, coords = shape_of(x), unravel(flat, shape_of(node))
     dim, size = _dim(split, 2, len(source)), split.args[1]
-    if not e.within_rows(x, dim):
+    if not e.within_rows(x, dim) or None in map(number, size if isinstance(size, list | tuple) else [size]):
         return e.leaf(node, flat)
     before = part * hint(size) if split.target is aten.split.Tensor else sum(hint(s) for s in size[:part])
     coords[dim] = coords[dim] + before
@@ -400,7 +411,7 @@ def _repeat(e: Elements, node: Node, flat: Flat) -> Values:
     x: Any = node.args[0]
     source = shape_of(x)
     repeats: Any = node.args[1]
-    if any(n != 1 and not e.within_rows(node, d) for d, n in enumerate(repeats)):
+    if None in map(number, repeats) or any(n != 1 and not e.within_rows(node, d) for d, n in enumerate(repeats)):
         return e.leaf(node, flat)
     coords = unravel(flat, shape_of(node))
     coords = coords[len(coords) - len(source) :]
@@ -412,7 +423,7 @@ def _cat(e: Elements, node: Node, flat: Flat) -> Values:
     parts: Any = node.args[0]
     coords = unravel(flat, shape_of(node))
     dim = _dim(node, 1, len(coords))
-    if not e.within_rows(node, dim):
+    if not e.within_rows(node, dim) or any(number(x.meta["val"].shape[dim]) is None for x in parts):
         return e.leaf(node, flat)
     result, before = Values.empty(len(flat)), 0
     for x in parts:
@@ -433,7 +444,8 @@ def _slice_scatter(e: Elements, node: Node, flat: Flat) -> Values:
     dim, step = _dim(node, 2, len(shape)), hint(_argument(node, 5, "step", 1))
     if expr_of(src.meta["val"].shape[dim]) == expr_of(node.meta["val"].shape[dim]):
         return e.to(e(src, flat), node.meta["val"].dtype)
-    if not e.within_rows(node, dim):
+    bounds = (node.meta["val"].shape[dim], src.meta["val"].shape[dim], _argument(node, 3, "start") or 0, step)
+    if not e.within_rows(node, dim) or None in map(number, bounds):
         return e.leaf(node, flat)
     start = _clamped(_argument(node, 3, "start"), shape[dim], 0)
     stop = _clamped(_argument(node, 4, "end"), shape[dim], shape[dim])
@@ -511,6 +523,8 @@ def _uniform(table: Node) -> bool:
 
 def row_samples(shape: Sequence[int]) -> Flat:
     """All elements of the rows (of the first dimension) to look at: the first and the last."""
+    if not shape:
+        return np.zeros(1, np.int64)
     rows = np.unique(np.clip(np.array([0, shape[0] - 1], np.int64), 0, None))
     width = math.prod(shape[1:])
     return np.asarray((rows[:, None] * width + np.arange(width)[None]).reshape(-1), np.int64)

@@ -5,7 +5,7 @@ A site is a cache update. For each:
 1. Find which rotation makes its k_pe, and which query is rotated by the same rows of the same table (``Rotation``):
    an op that is known by name, or arithmetic that is recognised by its elements (``elements.py``).
 2. Find the tensors whose storage the rotation shall work on, and everything that can be seen afterwards as a view of
-   them: the rotated parts themselves, but also q with them written back or concatenated (``_results``).
+   them: the rotated parts themselves, but also q with them written back or concatenated (``storage.py``).
 3. Make sure that nobody else needs the values from before (``_readers``), and that all can be put in order.
 4. Put the fused op in place, as an ``auto_functionalized_v2`` whose bases are these tensors: torch then finds that it
    can work on them in place, since no reader of the old values is left.
@@ -28,11 +28,10 @@ from ..checks import ACTIVATIONS
 from ..layouts import FORMATS
 from ..platform import Platform
 from . import known_ops
-from .elements import gathered, hint, is_gather, is_lookup, table_chain
+from .elements import gathered, hint, is_gather, is_lookup, number, table_chain
 from .graph import (
     FUNCTIONALIZED,
     META_ONLY,
-    Size,
     View,
     call_of,
     closure,
@@ -50,8 +49,10 @@ from .graph import (
     plain,
     refresh_views,
     root_of,
+    shares_storage,
     source_line,
     text_of,
+    views_of,
 )
 from .known_ops import UPDATE_OPS, UpdateOp
 from .report import Reason, Site, Unfused
@@ -152,10 +153,6 @@ class _Fuser:
                 sites.append(Site(update.name, rope, True, where=source_line(update.node)))
             except Unfused as why:
                 sites.append(Site(update.name, rope, False, why.reason, why.detail, source_line(update.node)))
-        if any(site.fused for site in sites):
-            from torch._inductor.pattern_matcher import stable_topological_sort
-
-            stable_topological_sort(self.graph)
         for node in ropes:
             if node not in keys and node not in self.taken and rotates_a_key(node):
                 sites.append(Site(None, op_name(node), False, Reason.NO_UPDATE, where=source_line(node)))
@@ -206,7 +203,7 @@ class _Fuser:
         found: list[Node] = []
         if k.op == "PyTorch":
             rows = [n for n in self.graph.nodes if is_gather(n) and plain(gathered(n)[1]) is k.positions]
-            made = {n for row in rows for n in consequences_of(row)} - set(expression_of(update.k_pe))
+            made = {n for row in rows for n in consequences_of(row)}
             dtype = k.root.meta["val"].dtype
             found = [n for n in made if is_tensor(n) and n.meta["val"].dim() == 3 and n.meta["val"].dtype == dtype]
         ropes = [n for n in self.graph.nodes if is_rope(n)]
@@ -256,8 +253,10 @@ class _Fuser:
                 raise Unfused(Reason.SHAPE, "heads that share their memory cannot be rotated in place")
             if hint(rotation.view.stride[2]) != 1:
                 raise Unfused(Reason.SHAPE, f"elements of a head {hint(rotation.view.stride[2])} apart")
-            for size in (*rotation.view.size, *rotation.view.stride, rotation.view.offset):
-                self._find_size(size, plan)
+            if not rotation.view.fixed(rotation.view.size[0]):
+                raise Unfused(Reason.SHAPE, "heads whose place is a symbol: only the number of tokens may be one")
+            if shares_storage(rotation.root):
+                raise Unfused(Reason.SHAPE, f"{rotation.root.name} is a view as another dtype")
 
     def _readers(self, plan: _Plan) -> None:
         """Who reads the storages of q and k, before and after; checks that all of it can be put in order."""
@@ -305,9 +304,9 @@ class _Fuser:
             _check_input(storage)
             for node, member in storage.copies.items():
                 mine, others = View.of(node.meta["val"]), View.of(member.meta["val"])
-                returned = any(user.op == "output" for user in node.users)
-                if returned and mine.steps != others.steps and not mine.contiguous:
-                    raise Unfused(Reason.SHAPE, f"{node.name}, which the graph returns, would change its strides")
+                seen = _bound(node) or any(user.op == "output" for user in node.users)
+                if seen and mine != others and not mine.contiguous:
+                    raise Unfused(Reason.SHAPE, f"the strides of {node.name} would change, and are seen")
 
         # The order: the update stays where it is; what needs the rotated values moves behind it, if it was before.
         moved = closure((*copies, *(reader for reader, _ in plan.new)), lambda n: n.users)
@@ -321,6 +320,8 @@ class _Fuser:
     # -- the change
 
     def _fuse(self, plan: _Plan) -> None:
+        from torch._inductor.pattern_matcher import stable_topological_sort
+
         update, storages = plan.update, plan.storages
         with self.graph.inserting_before(update.node):
             twins = {view: view for storage in storages for view in storage.views}
@@ -330,13 +331,7 @@ class _Fuser:
             twins = {storage.root: self._part(fused, 1 + i) for i, storage in enumerate(storages)}
             for storage in storages:
                 for node, member in storage.copies.items():
-                    twin = self._twin(member, storages, twins)
-                    for user in node.users:
-                        if user.target in (aten.view.default, aten._unsafe_view.default):
-                            user.target = aten.reshape.default  # the twin may have other strides
-                    node.replace_all_uses_with(twin, lambda user: user.op != "output")
-                    if node.users:
-                        node.replace_all_uses_with(self._for_output(twin, node))
+                    self._replace(node, self._twin(member, storages, twins))
             for reader, node in plan.new:
                 reader.replace_input_with(node, self._twin(node, storages, twins))
             caches = [self._part(fused, 1 + len(storages) + i) for i in range(len(update.used_caches))]
@@ -348,6 +343,8 @@ class _Fuser:
         dead = [node for storage in storages for node in (*storage.copies, *storage.family)]
         self.taken.update(dead)
         erase_dead([update.node, *dead])
+        stable_topological_sort(self.graph)
+        refresh_views(self.graph)
 
     def _insert(self, plan: _Plan) -> Node:
         """The fused op."""
@@ -376,14 +373,17 @@ class _Fuser:
                 kwargs |= {f"_{ours}_{key.removeprefix(f'_{name}_')}": v for key, v in parts.items()}
                 kwargs[f"_{ours}_base_index"] = len(bases)
                 bases.append(base)
+        rows: Any = number(k.view.size[0])
+        if rows is None:
+            rows = self._finish(graph.call_function(aten.sym_size.int, (k.positions, 0)), update.node)
         size, stride = k.view.size, k.view.stride
         key = View((size[0], size[2]), (stride[0], stride[2]), k.view.offset)
         for name, rotation, view in (("q_pe", q, q.view), ("k_pe", k, key)):
             kwargs[f"_{name}_base_index"] = roots.index(rotation.root)
             if view != View.of(rotation.root.meta["val"]):
-                kwargs[f"_{name}_size"] = tuple(self._size(s, plan) for s in view.size)
-                kwargs[f"_{name}_stride"] = tuple(self._size(s, plan) for s in view.stride)
-                kwargs[f"_{name}_storage_offset"] = self._size(view.offset, plan)
+                kwargs[f"_{name}_size"] = (rows, *map(hint, view.size[1:]))
+                kwargs[f"_{name}_stride"] = tuple(map(hint, view.stride))
+                kwargs[f"_{name}_storage_offset"] = hint(view.offset)
         fused = graph.call_function(FUNCTIONALIZED[0], (op,), {**kwargs, "_all_bases": bases})
         # What torch would find by running the op on fake tensors, in a tenth of the time.
         result = update.node.meta["val"] if update.op.layer else None
@@ -412,36 +412,37 @@ class _Fuser:
             made[node] = twin
         return made[node]
 
-    def _for_output(self, twin: Node, node: Node) -> Node:
-        """What the graph returns instead of ``node``: of the same strides, so that it may have to be a copy."""
-        if View.of(twin.meta["val"]).steps == View.of(node.meta["val"]).steps:
-            return twin
-        copy = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
-        return self._finish(copy, node)
+    def _replace(self, node: Node, twin: Node) -> None:
+        """Puts a twin in the place of a copy. Where its strides are seen it has to be a copy, too."""
+        mine, others = View.of(node.meta["val"]), View.of(twin.meta["val"])
+        copied = twin
+        if node.users and mine != others:
+            copied = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
+            self._finish(copied, node)
+        bound = _bound(node)
+        for user in list(node.users):
+            if user.target in (aten.view.default, aten._unsafe_view.default):
+                user.target = aten.reshape.default  # the twin may have other strides
+            seen = bound or (user.op == "output" and mine.steps != others.steps)
+            user.replace_input_with(node, copied if seen else twin)
+        if copied is not twin and not copied.users:
+            self.graph.erase_node(copied)
 
-    def _size(self, size: Size, plan: _Plan) -> Any:
-        """A size for the graph: a number, or the node that has it, made if need be."""
-        found = self._find_size(size, plan)
-        return found if isinstance(found, int | Node) else self._finish(self.graph.call_function(*found), plan.k.node)
 
-    def _find_size(self, size: Size, plan: _Plan) -> int | Node | tuple[Any, tuple[Node, int]]:
-        """Where a size comes from: itself, a node, or the op and the arguments that ask a tensor for it."""
-        if isinstance(size, int) or size.node.expr.is_number:
-            return int(size)
+def _bound(node: Node) -> bool:
+    """Whether someone holds the geometry of a tensor, or of a view of it: as strides and offsets, or as its bytes."""
 
-        def same(other: Any) -> bool:
-            return isinstance(other, torch.SymInt) and other.node.expr == size.node.expr
+    def holds(user: Node, view: Node) -> bool:
+        if user.target is FUNCTIONALIZED[0]:
+            return view in user.kwargs["_all_bases"]  # type: ignore[operator]
+        return isinstance(user.target, torch._ops.HigherOrderOperator) or user.target in _GEOMETRIC
 
-        for node in self.graph.nodes:
-            if node.op == "placeholder" and same(node.meta.get("val")):
-                return node  # type: ignore[no-any-return]
-        for source in (plan.k.positions, *(v for s in plan.storages for v in s.family if is_tensor(v))):
-            t = source.meta["val"]
-            for op, numbers in ((aten.sym_size.int, t.shape), (aten.sym_stride.int, t.stride())):
-                for d, number in enumerate(numbers):
-                    if same(number):
-                        return op, (source, d)
-        raise Unfused(Reason.SHAPE, f"no tensor has the size {size}")
+    return any(holds(user, view) for view in views_of(node) for user in view.users)
+
+
+_GEOMETRIC = (
+    aten.as_strided.default, aten.as_strided_scatter.default, aten.view.dtype, aten.view_as_complex.default,
+)  # fmt: skip
 
 
 def _check_input(storage: Storage) -> None:
@@ -474,7 +475,10 @@ def _check_update(update: _Update, k: Rotation) -> tuple[str, Any] | None:
         raise Unfused(Reason.PADDING, f"{slots.shape[0]} slots, {positions.shape[0]} positions")
     cache = update.caches[0][0]
     assert cache is not None
-    name, scale = known_ops.format_and_scale(update.kwargs, kv_c, cache.meta["val"])
+    try:
+        name, scale = known_ops.format_and_scale(update.kwargs, kv_c, cache.meta["val"])
+    except ValueError as error:
+        raise Unfused(Reason.FORMAT, str(error)) from None
     format = FORMATS.get(name)
     if format is None or format.activation not in (None, kv_c.dtype):
         raise Unfused(Reason.DTYPE, f"kv_c is {kv_c.dtype} for format {name}")

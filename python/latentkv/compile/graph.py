@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.fx import Graph, Node
 
-from .elements import Flat, expr_of, hint, is_transparent, locate, unravel
+from .elements import Flat, expr_of, hint, is_transparent, locate, number, unravel
 from .known_ops import ROPE_OPS
 
 aten = torch.ops.aten
@@ -63,7 +63,21 @@ def parent_of(node: Node) -> Node | None:
     if not _is_view(node):
         return None
     parent: Any = node.args[0]
-    return parent if parent.target not in FUNCTIONALIZED and storage_of(node) == storage_of(parent) else None
+    if parent.target in FUNCTIONALIZED or storage_of(node) != storage_of(parent):
+        return None
+    # As another dtype its elements are others: whoever makes such a view reads the whole.
+    return parent if _dtype_of(node) == _dtype_of(parent) else None
+
+
+def _dtype_of(node: Node) -> torch.dtype:
+    val = node.meta["val"]
+    return val[0].dtype if isinstance(val, list | tuple) else val.dtype  # type: ignore[no-any-return]
+
+
+def shares_storage(node: Node) -> bool:
+    """Whether a node is a view, be it of another dtype."""
+    source: Any = node.args[0] if _is_view(node) else None
+    return source is not None and source.target not in FUNCTIONALIZED and storage_of(node) == storage_of(source)
 
 
 def refresh_views(graph: Graph) -> None:
@@ -112,7 +126,7 @@ def views_of(root: Node) -> list[Node]:
     """The root and its views, lists of views too, each after what it is made from."""
     found = [root]
     for node in found:
-        found += [user for user in node.users if parent_of(user) is node and user.target is not aten.copy_.default]
+        found += [user for user in node.users if parent_of(user) is node]
     return found
 
 
@@ -238,6 +252,11 @@ class View:
     def hints(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """Size, stride and offset in numbers."""
         return tuple(map(hint, self.size)), tuple(map(hint, self.stride)), hint(self.offset)
+
+    def fixed(self, rows: Size) -> bool:
+        """Whether it lies in the same place however many rows there are: nothing else is a symbol."""
+        sizes = (n for n in self.size if expr_of(n) != expr_of(rows))
+        return None not in map(number, (*sizes, *self.stride, self.offset))
 
     @property
     def steps(self) -> tuple[int, ...]:

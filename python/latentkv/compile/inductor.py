@@ -13,6 +13,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
+from ..platform import Platform
 from .fusion import fuse
 from .report import Report
 
@@ -55,9 +56,9 @@ class FusionPass(CustomGraphPass):
             raise FusionError(f"latentkv.compile: strict: no cache update of this graph could be fused:\n  {lines}")
 
     def uuid(self) -> Any:
-        """What Inductor's cache knows the pass by: its sources and options."""
-        sources = sorted(map(str, Path(__file__).parent.glob("*.py")))
-        return get_hash_for_files(tuple(sources), f"strict={self.strict} allow_rounding={self.allow_rounding}")
+        """What Inductor's cache knows the pass by: the package's sources, the options, the platform."""
+        sources = sorted(map(str, Path(__file__).parents[1].rglob("*.py")))
+        return get_hash_for_files(tuple(sources), f"{self.strict} {self.allow_rounding} {Platform.detect()}")
 
 
 class _Chain(CustomGraphPass):

@@ -18,13 +18,13 @@ class Reason(Enum):
     ROUNDING = "the arithmetic rounds otherwise than latentkv's; allow_rounding=True fuses it"
     OTHER_USER = "something else reads q_pe or k_pe before the rotation"
     DTYPE = "a dtype that the fused op does not take"
-    FORMAT = "rows of a packed format that the fused op does not write to the same bytes"
+    FORMAT = "a format of rows that the fused op does not write to the same bytes"
     SIDE_EFFECT = "an op with side effects stands between rope and update"
-    SHAPE = "shapes other than positions [N], q_pe [N, H, R], k_pe [N, R] or [N, 1, R], kv_c [N, L]"
+    SHAPE = "shapes other than positions [N], q_pe [N, H, R], k_pe [N, R] or [N, 1, R], kv_c [N, L]; or strides"
     PADDING = "slot_mapping may be shorter than positions: the fused op would not rotate the rest"
     INPUT = "q or k is an input of the graph that keeps its value"
     TABLE = "cos and sin do not come from one table [max_position, R] by positions [N]"
-    DEPENDENCE = "kv_c is computed from what was rotated"
+    DEPENDENCE = "what the update is given is computed from what was rotated"
 
 
 class Unfused(Exception):

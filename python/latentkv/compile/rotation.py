@@ -189,10 +189,11 @@ def elements_of(rounded: bool, rotations: Sequence[Rotation], nodes: Iterable[No
     meanings: dict[Node, Callable[[Elements, Flat], Values]] = {}
     for node in filter(is_rope, nodes):
         meanings |= _meanings_of(node)
-    roots = frozenset(rotation.root for rotation in rotations)
+    roots, rows = frozenset(rotation.root for rotation in rotations), rotations[0].view.size[0]
     for root in roots:
-        meanings |= {view: _at_place(view, root) for view in views_of(root) if view is not root and is_tensor(view)}
-    return Elements(rounded, rotations[0].view.size[0], roots, meanings)
+        views = (view for view in views_of(root) if view is not root and is_tensor(view))
+        meanings |= {view: _at_place(view, root) for view in views if View.of(view.meta["val"]).fixed(rows)}
+    return Elements(rounded, rows, roots, meanings)
 
 
 def _at_place(view: Node, root: Node) -> Callable[[Elements, Flat], Values]:

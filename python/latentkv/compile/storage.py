@@ -38,7 +38,7 @@ class Storage:
     Attributes:
         family: its views and later versions, in the order in which they follow from one another: what each is a view or
             the next version of.
-        copies: other tensors that hold what a member of the family holds after the rotation: that member.
+        copies: tensors outside of it: the member whose place, after the rotation, holds the same elements.
     """
 
     def __init__(self, root: Node, rotations: Sequence[Rotation]) -> None:
@@ -61,18 +61,22 @@ class Storage:
     def holds_all(self, node: Node) -> bool:
         """Whether a node holds all of the root, as it is after the rotation."""
         member = self.copies.get(node, node)
-        same = member in self.family and View.of(member.meta["val"]) == View.of(self.root.meta["val"])
-        return same and self.state(member) is State.NEW
+        if member not in self.family or View.of(member.meta["val"]) != View.of(self.root.meta["val"]):
+            return False
+        return node in self.copies or self.state(member) is State.NEW
 
     def _apart(self, node: Node) -> bool:
         val = node.meta["val"]
         parts = val if isinstance(val, list | tuple) else [val]
-        return all(r.view.apart(View.of(part)) for part in parts for r in self.rotations)
+        views = list(map(View.of, parts))
+        return all(v.fixed(r.view.size[0]) and r.view.apart(v) for v in views for r in self.rotations)
 
     def _state(self, node: Node) -> State:
         apart = self._apart(node)
         if node in self.views or not is_tensor(node):
             return State.APART if apart else State.OLD if node in self.views else State.MIXED
+        if not View.of(node.meta["val"]).fixed(self.rotations[0].view.size[0]):
+            return State.MIXED
         held, (before, after) = self._held(node), self._around(node)
         if held == before:
             return State.APART if apart else State.OLD
@@ -98,16 +102,16 @@ class Storage:
     def _copies(self, after: Iterable[Node]) -> dict[Node, Node]:
         members: dict[tuple[int, ...], dict[View, Node]] = {}
         for member in self.family:
-            if is_tensor(member) and not self._apart(member):
+            fixed = is_tensor(member) and View.of(member.meta["val"]).fixed(self.rotations[0].view.size[0])
+            if fixed and not self._apart(member):
                 members.setdefault(shape_of(member), {}).setdefault(View.of(member.meta["val"]), member)
         found: dict[Node, Node] = {}
         for node in after:
             own = node not in self.family and is_tensor(node) and root_of(node) not in found
             if not own or node.meta["val"].dtype != self.root.meta["val"].dtype:
                 continue
-            flat = row_samples(shape_of(node))
             for member in members.get(shape_of(node), {}).values():
-                if self._elements(node, flat) == self._around(member)[1]:
+                if self._elements(node, row_samples(shape_of(node))) == self._around(member)[1]:
                     found[node] = member
                     break
         return found
@@ -123,7 +127,7 @@ def _family(root: Node) -> dict[Node, Node | None]:
                 heirs = [part for part, given in given_to(user).items() if given is node]
             elif user.target is aten.slice_scatter.default:
                 heirs = [user] if user.args[0] is node else []
-            elif parent_of(user) is not node or user.target is aten.copy_.default:
+            elif parent_of(user) is not node:
                 continue
             for heir in heirs:
                 same = parent_of(heir) is node or View.of(heir.meta["val"]) == View.of(node.meta["val"])
