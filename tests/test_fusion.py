@@ -2176,7 +2176,7 @@ def test_report_is_a_table(device: str) -> None:
 # ------------------------------------------------------------------------------------------- as hypothesis draws them
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_program(device: str, data: st.DataObject) -> None:
     """Any spelling, update, dimensions: fused, to the same bits, with nothing left behind."""

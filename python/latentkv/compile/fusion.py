@@ -435,6 +435,9 @@ def _bound(node: Node) -> bool:
     def holds(user: Node, view: Node) -> bool:
         if user.target is FUNCTIONALIZED[0]:
             return view in user.kwargs["_all_bases"]  # type: ignore[operator]
+        if user.target is FUNCTIONALIZED[1]:
+            op: Any = user.args[0]
+            return any(a.alias_info is not None and user.kwargs[a.name] is view for a in op._schema.arguments)
         return isinstance(user.target, torch._ops.HigherOrderOperator) or user.target in _GEOMETRIC
 
     return any(holds(user, view) for view in views_of(node) for user in view.users)
