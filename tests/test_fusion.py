@@ -619,9 +619,7 @@ def test_functionalisation_v1(program: Program, device: str) -> None:
     on = execute(program, make, v2=False, fuse={})
     assert_same(off, on)
     check_fused(program, on)
-    assert calls(on.graphs)[fused_op(program.update)] == 1
-    assert not calls(on.graphs).keys() & {*ROPE_NAMES.values(), *UPDATE_NAMES.values()}
-    assert calls(on.graphs)["aten::clone"] <= calls(off.graphs)["aten::clone"]
+    assert calls(on.graphs) == Counter([fused_op(program.update)]) + leftovers(program)
 
 
 @pytest.mark.parametrize(
