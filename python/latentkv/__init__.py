@@ -16,8 +16,11 @@ __all__ = [
     "Platform",
     "build_cos_sin_cache",
     "compile",
+    "convert_cache_",
     "decode_prologue",
+    "gather_cache",
     "layout_for",
+    "mla_decode",
     "providers",
     "rope_",
     "rope_write_cache_",
@@ -33,3 +36,6 @@ rope_write_cache_ = _public.rope_write_cache_
 decode_prologue = _public.decode_prologue
 write_cache_grouped_ = _public.write_cache_grouped_
 write_indexer_cache_ = _public.write_indexer_cache_
+gather_cache = _public.gather_cache
+convert_cache_ = _public.convert_cache_
+mla_decode = _public.mla_decode

@@ -1,13 +1,15 @@
-"""Who computes an op: ``native`` (the compiled kernels) or ``reference`` (plain PyTorch, the specification).
+"""Who computes an op: ``native`` (compiled kernels), ``triton``, or ``reference`` (plain PyTorch, the specification).
 
 At import the namespace ``torch.ops.latentkv`` is served, device by device, by the first provider that can: ``native``
-where its library loads, else ``reference``; the environment variable ``LATENTKV_PROVIDER`` names one instead. All of
-them stay callable as ``latentkv.providers.<name>``.
+where its library loads, else ``triton`` where there is a GPU's torch and the package, else ``reference``; the
+environment variable ``LATENTKV_PROVIDER`` names one instead. An op that it lacks (``native`` has no ``mla_decode``)
+comes from the next. All of them stay callable as ``latentkv.providers.<name>``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import warnings
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor
 
 from . import reference as _reference
-from .layouts import MLACache
-from .ops import LIBRARIES, NAMESPACE, NATIVE_NAMESPACE, OP_NAMES
+from .layouts import FORMATS, MLACache
+from .ops import LIBRARIES, NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
 
-__all__ = ["Provider", "library_errors", "native", "public", "reference", "served_by", "set_overlap"]
+__all__ = [
+    "Provider", "library_errors", "native", "public", "reference", "served_by", "set_overlap", "triton",
+    "triton_problem",
+]  # fmt: skip
 
-Op = Callable[..., None]
+Op = Callable[..., Any]
 
 
 class Provider:
@@ -31,10 +36,14 @@ class Provider:
 
     def __init__(self, name: str, ops: Mapping[str, Op]) -> None:
         self.name = name
-        self._ops = {op: ops[op] for op in OP_NAMES}
+        self._ops = ops
 
     def __repr__(self) -> str:
         return f"<latentkv provider {self.name}>"
+
+    def has(self, op: str) -> bool:
+        """Whether it implements the op."""
+        return op in self._ops
 
     def rope_(
         self,
@@ -62,7 +71,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        self._ops["rope_"](positions, q, k, cos_sin_cache, is_neox, inverse)
+        self._op("rope_")(positions, q, k, cos_sin_cache, is_neox, inverse)
 
     def write_cache_(self, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, cache: MLACache) -> None:
         """Writes one row [kv_c | k_pe] per token into the paged cache.
@@ -82,7 +91,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        self._ops["write_cache_"](kv_c, k_pe, slot_mapping, *cache.op_arguments)
+        self._op("write_cache_")(kv_c, k_pe, slot_mapping, *cache.op_arguments)
 
     def rope_write_cache_(
         self,
@@ -118,7 +127,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        self._ops["rope_write_cache_"](
+        self._op("rope_write_cache_")(
             positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, *cache.op_arguments, is_neox, rope_masked
         )
 
@@ -197,7 +206,7 @@ class Provider:
             raise ValueError(
                 f"latentkv.decode_prologue: q_out: expected dtype {q_dtype}, as q_dtype, got {q_out.dtype}"
             )
-        self._ops["decode_prologue"](
+        self._op("decode_prologue")(
             q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, slot_mapping, *cache.op_arguments,
             q_out, q_rope_out, kv_c_out, q_scale, kv_norm_weight, is_neox, kv_norm_eps, rope_masked,
         )  # fmt: skip
@@ -237,7 +246,7 @@ class Provider:
                 )
         data, rope_data, scales, formats = zip(*(cache.op_arguments for cache in caches), strict=True)
         ropes = [t for t in rope_data if t is not None]
-        self._ops["write_cache_grouped_"](kv_c, k_pe, slot_mapping, list(data), ropes, list(scales), formats[0])
+        self._op("write_cache_grouped_")(kv_c, k_pe, slot_mapping, list(data), ropes, list(scales), formats[0])
 
     def write_indexer_cache_(
         self,
@@ -270,7 +279,138 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        self._ops["write_indexer_cache_"](k, positions, cos_sin_cache, slot_mapping, cache, is_neox, power_of_two_scale)
+        self._op("write_indexer_cache_")(k, positions, cos_sin_cache, slot_mapping, cache, is_neox, power_of_two_scale)
+
+    def gather_cache(
+        self,
+        cache: MLACache,
+        block_table: Tensor,
+        cu_seq_lens: Tensor,
+        *,
+        total: int | None = None,
+        out: Tensor | None = None,
+        seq_starts: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """The rows of many sequences, out of the paged cache into one contiguous tensor: chunked prefill, prefix reuse.
+
+        Row t of ``out`` is token ``seq_starts[s] + t - cu_seq_lens[s]`` of the sequence s whose range
+        ``cu_seq_lens[s] .. cu_seq_lens[s + 1]`` holds t. Elements of ``out``'s dtype are copied verbatim; all others
+        become fp32 (fp8 times its scale, one rounding), then ``out``'s dtype, rounded to nearest even. Rows from
+        ``cu_seq_lens[S]`` on stay as they are. A row without a block in the table, or with one outside the cache, is
+        zeroed on a GPU; the CPU raises before anything is written, and so does a GPU under ``LATENTKV_CHECKS=1``.
+
+        Args:
+            cache: of any layout.
+            block_table: [S, max_blocks] int64 or int32: the blocks of each sequence in order. Entries that no row needs
+                may hold anything.
+            cu_seq_lens: [S + 1] int64 or int32: where each sequence's rows begin in ``out``, from 0 on, rising.
+            total: rows of the ``out`` to allocate: at least cu_seq_lens[S], which this op does not read back.
+            out: [total, L + R] bf16, fp16 or fp32; any stride between rows. None allocates it.
+            seq_starts: [S] int64 or int32: the first token of each sequence to take; None for 0.
+            dtype: of the ``out`` to allocate; None for the cache's own, bf16 for fp8 and packed formats.
+
+        Returns:
+            out.
+
+        Raises:
+            ValueError: both or neither of ``total`` and ``out`` are given, or ``out`` has another dtype than ``dtype``.
+            RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
+        """
+        layout = cache.layout
+        if (out is None) == (total is None):
+            got = "neither" if out is None else "both"
+            raise ValueError(f"latentkv.gather_cache: out, total: expected one of them, got {got}")
+        if out is None:
+            packs = FORMATS[layout.format].quantised or layout.packed is not None
+            kind = dtype or (torch.bfloat16 if packs else layout.dtype)
+            out = torch.empty((total or 0, layout.kv_lora_rank + layout.rope_dim), dtype=kind, device=cache.device)
+        elif dtype not in (None, out.dtype):
+            raise ValueError(f"latentkv.gather_cache: out: expected dtype {dtype}, as dtype, got {out.dtype}")
+        self._op("gather_cache")(
+            *cache.op_arguments, block_table, cu_seq_lens, out, layout.kv_lora_rank, seq_starts
+        )  # fmt: skip
+        return out
+
+    def convert_cache_(
+        self,
+        src: MLACache,
+        dst: MLACache,
+        *,
+        src_blocks: Tensor | None = None,
+        dst_blocks: Tensor | None = None,
+    ) -> None:
+        """Rows from one cache into another of any other layout: format, placement, block size, order of blocks.
+
+        Token i of a run lies in block ``src_blocks[i // bs]``, entry i % bs, with the block size of src, and goes to
+        where the same rule puts it in dst. With 2-D block tables there are S runs (sequences), each filled up with
+        negative block numbers; a token whose block is negative on either side is left out. So is one whose block number
+        is past the end, on a GPU; the CPU raises before anything is written, and so does a GPU under
+        ``LATENTKV_CHECKS=1``.
+
+        Elements that are stored alike on both sides (the same dtype; the same fp8 kind and an equal scale; the same
+        packed format) are copied verbatim. All others become fp32 (fp8 times its scale, one rounding), and are then
+        stored as :meth:`write_cache_` would: rounded to 16 bits, or convert(x / dst.scale) for fp8, or in tiles with
+        scales of their own. fp8_e4m3fnuz and fp8_e4m3fn give one byte values that differ by a factor of two: with
+        ``dst.scale`` half of ``src.scale`` (or twice, the other way) bytes stay what they are, but for four:
+        FNUZ's 0x7F and 0xFF (+-240) become 0x7E and 0xFE (the largest of FN), its NaN 0x80 becomes 0x7F; FN's -0 (0x80)
+        becomes 0, and its NaNs 0x7F and 0xFF become 0x80.
+
+        Args:
+            src: where rows come from.
+            dst: where they go, with the scale that it is to have; the same L, R and device. Of a row that is read and
+                written in one call the outcome is undefined.
+            src_blocks: [n] or [S, n] int64 or int32; None for all blocks in order.
+            dst_blocks: [m] or [S, m], for as many tokens: some number of tokens must fill n blocks of src's size and m
+                of dst's. None for all blocks in order.
+
+        Raises:
+            ValueError: the dimensions of src and dst differ.
+            RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
+        """
+        dims, dst_dims = ((c.layout.kv_lora_rank, c.layout.rope_dim) for c in (src, dst))
+        if dims != dst_dims:
+            raise ValueError(f"latentkv.convert_cache_: dst: expected (L, R)={dims}, as src has, got {dst_dims}")
+        self._op("convert_cache_")(*src.op_arguments, *dst.op_arguments, *dims, src_blocks, dst_blocks)
+
+    def mla_decode(
+        self,
+        q: Tensor,
+        cache: MLACache,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        *,
+        sm_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode attention over the paged latent cache: one query per sequence, every head on the same rows.
+
+        out = softmax(sm_scale * q @ [latent | rope]^T) @ latent, and lse the logarithm of the sum of exponentials, by
+        which partial results merge (FlashAttention, arXiv:2205.14135; MLA's absorbed form, arXiv:2405.04434). Sums are
+        fp32. A sequence of length 0 has out 0 and lse -inf. Tokens whose block is missing from the table or lies
+        outside the cache are left out on a GPU; the CPU raises.
+
+        Args:
+            q: [B, H, L + R] bf16, fp16 or fp32; any strides with a contiguous last dimension.
+            cache: of a format that is not packed; fp8 rows are worth their code times the scale.
+            block_table: [B, max_blocks] int64 or int32. Entries that no token needs may hold anything.
+            seq_lens: [B] int64 or int32: the tokens of each sequence.
+            sm_scale: the factor of the scores, usually 1 / sqrt(P + R), times YaRN's mscale squared.
+
+        Returns:
+            out [B, H, L] of q's dtype, and lse [B, H] fp32, natural logarithm.
+
+        Raises:
+            RuntimeError: an argument's device, dtype, shape or strides are off, or the provider is ``native``.
+        """
+        result: tuple[Tensor, Tensor] = self._op("mla_decode")(
+            q, *cache.op_arguments, block_table, seq_lens, cache.layout.kv_lora_rank, sm_scale
+        )
+        return result
+
+    def _op(self, name: str) -> Op:
+        if name not in self._ops:
+            raise RuntimeError(f"latentkv.{name}: provider: expected triton or reference, got {self.name}")
+        return self._ops[name]
 
 
 def _load(name: str) -> ctypes.CDLL:
@@ -298,30 +438,65 @@ for _device, _library in (("cpu", "cpu"), ("cuda", "hip" if torch.version.hip el
         library_errors[_device] = str(_error)
 
 
-def _ops_of(namespace: str) -> dict[str, Op]:
-    return {name: getattr(getattr(torch.ops, namespace), name).default for name in OP_NAMES}
+def _ops_of(namespace: str, names: Sequence[str]) -> dict[str, Op]:
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in names}
 
 
-native = Provider("native", _ops_of(NATIVE_NAMESPACE))
+def triton_problem(device: str) -> str | None:
+    """Why the Triton kernels cannot run on ``device`` ("cpu" or "cuda"); None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device == "cpu":
+        interprets = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interprets else "on a CPU they need TRITON_INTERPRET=1, which is slow"
+    return None if torch.version.cuda or torch.version.hip else "this torch is built without CUDA or ROCm"
+
+
+def _triton_op(name: str) -> Op:
+    def op(*args: Any) -> Any:  # imported when first asked for: that takes its time
+        return getattr(importlib.import_module("latentkv.triton_kernels"), name)(*args)
+
+    return op
+
+
+native = Provider("native", _ops_of(NATIVE_NAMESPACE, NATIVE_OP_NAMES))
+triton = Provider("triton", {name: _triton_op(name) for name in OP_NAMES})
 reference = Provider("reference", {name: getattr(_reference, name) for name in OP_NAMES})
-public = Provider("public", _ops_of(NAMESPACE))
+public = Provider("public", _ops_of(NAMESPACE, OP_NAMES))
 
 
 def _serve() -> dict[str, str]:
     wanted = os.environ.get("LATENTKV_PROVIDER") or None
-    if wanted not in (None, "native", "reference"):
-        raise ValueError(f"LATENTKV_PROVIDER: expected native or reference, got {wanted!r}")
-    if wanted == "native" and not _libraries:
-        raise ImportError(f"LATENTKV_PROVIDER=native, but no native library loads: {library_errors}")
+    if wanted not in (None, "native", "triton", "reference"):
+        raise ValueError(f"LATENTKV_PROVIDER: expected native, triton or reference, got {wanted!r}")
+    able = {
+        device: [
+            provider
+            for provider, can in (
+                (native, device in _libraries),
+                (triton, triton_problem(device) is None),
+                (reference, True),
+            )
+            if can
+        ]
+        for device in ("cpu", "cuda")
+    }
+    if wanted and not any(wanted == p.name for providers in able.values() for p in providers):
+        why = library_errors if wanted == "native" else {device: triton_problem(device) for device in able}
+        raise ImportError(f"LATENTKV_PROVIDER={wanted}, but it can run nowhere: {why}")
     served: dict[str, str] = {}
-    for device in ("cpu", "cuda"):
-        if wanted != "reference" and device in _libraries:
+    for device, providers in able.items():
+        names = [p.name for p in providers]
+        if wanted and wanted not in names:
+            continue
+        providers = providers[names.index(wanted) if wanted else 0 :]
+        served[device] = providers[0].name
+        if providers[0] is native:
             _libraries[device].latentkv_register(NAMESPACE.encode())
-            served[device] = "native"
-        elif wanted != "native":
-            for name in OP_NAMES:
-                LIBRARIES[NAMESPACE].impl(name, getattr(_reference, name), device.upper())
-            served[device] = "reference"
+        for name in OP_NAMES:
+            if not providers[0].has(name) or providers[0] is not native:
+                op = next(p for p in providers if p.has(name))._op(name)
+                LIBRARIES[NAMESPACE].impl(name, op, device.upper())
     # Asked last: the question starts CUDA, after which a process must not fork.
     if wanted is None and served["cuda"] == "reference" and torch.cuda.is_available():
         warnings.warn(

@@ -7,18 +7,29 @@ scale in fp32, clamps to the finite range and rounds to nearest even; 16- and 32
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import ACTIVATIONS, INDEX_TYPES, Arguments
+from .checks import (
+    INDEX_DIM,
+    QUERY_FORMATS,
+    Arguments,
+    block_counts,
+    check_convert,
+    check_decode,
+    check_gather,
+    check_grouped,
+    check_indexer,
+    check_norm,
+    check_query,
+    check_rope,
+    check_update,
+    checks_values,
+    outside,
+)
 from .layouts import FORMATS, Format
-
-INDEX_DIM, INDEX_ROW_BYTES = 128, 132  # elements of an indexer key, and bytes of its cache row with the fp32 scale
-QUERY_FORMATS = {f.dtype: f for f in FORMATS.values() if f.quantised}
-
 
 # -------------------------------------------------------------------------------------------------- the arithmetic
 
@@ -50,6 +61,11 @@ def quantise(x: Tensor, f: Format) -> Tensor:
     """The uint8 codes of fp32 numbers in an fp8 format."""
     assert f.max is not None and f.nan is not None
     return torch.where(x.isnan(), f.nan, x.clamp(-f.max, f.max).to(f.dtype).view(torch.uint8))
+
+
+def dequantise(codes: Tensor, scale: Tensor | None, f: Format) -> Tensor:
+    """The fp32 numbers that the uint8 codes of an fp8 format stand for."""
+    return codes.view(f.dtype).float() * (torch.ones((), device=codes.device) if scale is None else scale.reshape(()))
 
 
 def encode(x: Tensor, format: str, scale: Tensor | None) -> Tensor:
@@ -86,15 +102,9 @@ def rope_(
 ) -> None:
     """See :meth:`latentkv.providers.Provider.rope_`."""
     args = Arguments("rope_", q.device)
-    args.tensor("q", q, ACTIVATIONS, N=-1, H=-1, R=-1)
-    n, _, rope_dim = q.shape
-    _check_positions(args, n, positions, cos_sin_cache, rope_dim)
-    if k is not None and k.dim() == 3:
-        args.tensor("k", k, ACTIVATIONS, N=n, K=-1, R=rope_dim)
-    elif k is not None:
-        args.tensor("k", k, ACTIVATIONS, N=n, R=rope_dim)
-    _check_pairs(args, {"q": q, "k": k}, q.dtype, mutated=True)
-    rows = _rows(args, None, 0, positions, cos_sin_cache, torch.full_like(positions, rope_dim > 0, dtype=torch.bool))
+    check_rope(args, positions, q, k, cos_sin_cache)
+    rotates = torch.full_like(positions, q.shape[2] > 0, dtype=torch.bool)
+    rows = (~outside(args, rotates, None, 0, positions, cos_sin_cache)).nonzero().flatten()
     _rotate_rows(rows, positions, (q, k), cos_sin_cache, is_neox, inverse)
 
 
@@ -109,7 +119,7 @@ def write_cache_(
 ) -> None:
     """See :meth:`latentkv.providers.Provider.write_cache_`."""
     args = Arguments("write_cache_", kv_c.device)
-    f = _check_update(args, None, None, k_pe, kv_c, None, slot_mapping, cache, rope_cache, scale, format, False)
+    f = check_update(args, None, None, k_pe, kv_c, None, slot_mapping, cache, rope_cache, scale, format, False)
     rows, _ = _plan(args, None, None, slot_mapping, cache, False)
     _write_rows(rows, slot_mapping, kv_c[rows], k_pe[rows], cache, rope_cache, scale, f)
 
@@ -131,7 +141,7 @@ def rope_write_cache_(
     """See :meth:`latentkv.providers.Provider.rope_write_cache_`."""
     args = Arguments("rope_write_cache_", kv_c.device)
     rotates, slots = cos_sin_cache is not None, slot_mapping
-    f = _check_update(
+    f = check_update(
         args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slots, cache, rope_cache, scale, format, rotates
     )  # fmt: skip
     rows, turned = _plan(args, positions, cos_sin_cache, slots, cache, rope_masked)
@@ -162,9 +172,9 @@ def decode_prologue(
 ) -> None:
     """See :meth:`latentkv.providers.Provider.decode_prologue`."""
     args, slots = Arguments("decode_prologue", kv_c.device), slot_mapping
-    f = _check_update(args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slots, cache, rope_cache, scale, format, False)
-    _check_query(args, q_nope, q_pe, kv_c, q_out, q_rope_out, q_scale)
-    _check_norm(args, kv_c, kv_norm_weight, kv_c_out)
+    f = check_update(args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slots, cache, rope_cache, scale, format, False)
+    check_query(args, q_nope, q_pe, kv_c, q_out, q_rope_out, q_scale)
+    check_norm(args, kv_c, kv_norm_weight, kv_c_out)
 
     rows, turned = _plan(args, positions, cos_sin_cache, slots, cache, rope_masked)
     q_pe, k_pe, latent = q_pe.clone(), k_pe.clone(), kv_c[rows]
@@ -200,27 +210,8 @@ def write_cache_grouped_(
 ) -> None:
     """See :meth:`latentkv.providers.Provider.write_cache_grouped_`."""
     args = Arguments("write_cache_grouped_", kv_c[0].device if kv_c else slot_mapping.device)
-    layers = len(kv_c)
-    if not layers:
-        args.fail("kv_c", "at least one tensor", "none")
-    for name, given in (("k_pe", k_pe), ("caches", caches), ("rope_caches", rope_caches or caches), ("scales", scales)):
-        if len(given) != layers:
-            args.fail(name, f"G={layers} entries, as kv_c has", len(given))
-    n, latent_dim, rope_dim = -1, -1, k_pe[0].shape[-1] if k_pe[0].dim() else -1
-    for i, (latent, rope) in enumerate(zip(kv_c, k_pe, strict=True)):
-        types = (kv_c[0].dtype,) if i else ACTIVATIONS
-        args.tensor(f"kv_c[{i}]", latent, types, N=n, L=latent_dim)
-        n, latent_dim = latent.shape
-        args.tensor(f"k_pe[{i}]", rope, types, N=n, R=rope_dim)
-        _check_pairs(args, {f"k_pe[{i}]": rope}, latent.dtype, mutated=False)
-    _check_slots(args, n, slot_mapping)
-    f = args.format(format, kv_c[0], k_pe[0], ("kv_c[0]", "k_pe[0]"))
-    rope_parts: Sequence[Tensor | None] = rope_caches or [None] * layers
-    for i, (cache, rope_cache, scale) in enumerate(zip(caches, rope_parts, scales, strict=True)):
-        names = (f"caches[{i}]", f"rope_caches[{i}]", f"scales[{i}]")
-        args.cache(cache, rope_cache, scale, f, latent_dim, rope_dim, names)
-        args.same_blocks(names[0], cache, "caches[0]", caches[0])
-
+    f = check_grouped(args, kv_c, k_pe, slot_mapping, caches, rope_caches, scales, format)
+    rope_parts: Sequence[Tensor | None] = rope_caches or [None] * len(kv_c)
     rows, _ = _plan(args, None, None, slot_mapping, caches[0], False)
     for latent, rope, cache, rope_cache, scale in zip(kv_c, k_pe, caches, rope_parts, scales, strict=True):
         _write_rows(rows, slot_mapping, latent[rows], rope[rows], cache, rope_cache, scale, f)
@@ -237,16 +228,7 @@ def write_indexer_cache_(
 ) -> None:
     """See :meth:`latentkv.providers.Provider.write_indexer_cache_`."""
     args = Arguments("write_indexer_cache_", k.device)
-    args.tensor("k", k, ACTIVATIONS, N=-1, D=INDEX_DIM)
-    _check_positions(args, len(k), positions, cos_sin_cache, -1)
-    rope_dim = 0 if cos_sin_cache is None else cos_sin_cache.shape[1]
-    if cos_sin_cache is not None and rope_dim not in range(2, INDEX_DIM + 1, 2):
-        args.fail("cos_sin_cache", f"an even R in 2 .. {INDEX_DIM}", rope_dim)
-    _check_slots(args, len(k), slot_mapping)
-    args.pages("cache", cache, INDEX_ROW_BYTES, f"{INDEX_ROW_BYTES} bytes", (torch.uint8,), "for format indexer")
-    args.byte_rows("cache", cache, INDEX_ROW_BYTES)
-    args.capacity("cache", cache)
-
+    rope_dim = check_indexer(args, k, positions, cos_sin_cache, slot_mapping, cache)
     rows, turned = _plan(args, positions, cos_sin_cache, slot_mapping, cache, False)
     k = k.clone()
     _rotate_rows(turned, positions, (k[:, :rope_dim],), cos_sin_cache, is_neox)
@@ -255,97 +237,116 @@ def write_indexer_cache_(
     scale = amax / torch.full_like(amax, 448.0)
     scale = (power_of_two(scale) if power_of_two_scale else scale)[:, None]
     codes = quantise(x / scale, FORMATS["fp8_e4m3fn"])
-    _put(rows, slot_mapping, zip(_run(cache, INDEX_DIM, 4), (codes, scale.view(torch.uint8)), strict=True))
+    own = slot_mapping[rows].long()
+    row = (codes[own >= 0], scale.view(torch.uint8)[own >= 0])
+    _put(own[own >= 0], row, _run(cache, INDEX_DIM, 4))
 
 
-# ------------------------------------------------------------------------------------------------------- the checks
-
-
-def _check_update(
-    args: Arguments,
-    positions: Tensor | None,
-    q_pe: Tensor | None,
-    k_pe: Tensor,
-    kv_c: Tensor,
-    table: Tensor | None,
-    slots: Tensor,
+def gather_cache(
     cache: Tensor,
     rope_cache: Tensor | None,
     scale: Tensor | None,
     format: str,
-    mutated: bool,
-) -> Format:
-    args.tensor("kv_c", kv_c, ACTIVATIONS, N=-1, L=-1)
-    n, latent_dim = kv_c.shape
-    if q_pe is not None:
-        args.tensor("q_pe", q_pe, ACTIVATIONS, N=n, H=-1, R=-1)
-    rope_dim = q_pe.shape[2] if q_pe is not None else k_pe.shape[-1] if k_pe.dim() else -1
-    _check_positions(args, n, positions, table, rope_dim)
-    args.tensor("k_pe", k_pe, ACTIVATIONS, N=n, R=rope_dim)
-    _check_pairs(args, {"q_pe": q_pe, "k_pe": k_pe}, kv_c.dtype, mutated)
-    _check_slots(args, n, slots)
-    f = args.format(format, kv_c, k_pe)
-    args.cache(cache, rope_cache, scale, f, latent_dim, rope_dim)
-    return f
-
-
-def _check_query(
-    args: Arguments,
-    q_nope: Tensor | None,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    q_out: Tensor,
-    q_rope_out: Tensor | None,
-    q_scale: Tensor | None,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    out: Tensor,
+    kv_lora_rank: int,
+    seq_starts: Tensor | None = None,
 ) -> None:
-    (n, heads, rope_dim), latent_dim, dtype = q_pe.shape, kv_c.shape[1], kv_c.dtype
-    if q_nope is not None:
-        args.tensor("q_nope", q_nope, (dtype,), N=n, H=heads, L=latent_dim)
-    width = {"L + R": latent_dim + rope_dim} if q_rope_out is None else {"L": latent_dim}
-    args.tensor("q_out", q_out, (dtype, *QUERY_FORMATS), N=n, H=heads, **width)
-    args.no_overlap("q_out", q_out)
-    if q_rope_out is not None:
-        args.tensor("q_rope_out", q_rope_out, (q_out.dtype,), N=n, H=heads, R=rope_dim)
-        args.no_overlap("q_rope_out", q_rope_out)
-    if q_scale is not None:
-        args.scale("q_scale", q_scale)
+    """See :meth:`latentkv.providers.Provider.gather_cache`."""
+    args = Arguments("gather_cache", cache.device)
+    f = check_gather(
+        args, cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank, seq_starts
+    )  # fmt: skip
+    if checks_values(cache.device):
+        lengths = cu_seq_lens.diff()
+        if cu_seq_lens[0] != 0 or (lengths < 0).any():
+            args.fail("cu_seq_lens", "rising numbers from 0 on", cu_seq_lens.tolist())
+        if cu_seq_lens[-1] > len(out):
+            args.fail("out", f"at least {int(cu_seq_lens[-1])} rows, as cu_seq_lens ends there", len(out))
+    rows = torch.arange(len(out), device=out.device)
+    sequence = torch.searchsorted(cu_seq_lens[1:].contiguous().long(), rows, right=True)
+    rows, sequence = (x[sequence < len(block_table)] for x in (rows, sequence))
+    token = rows - cu_seq_lens[sequence] + (0 if seq_starts is None else seq_starts[sequence])
+    slots = _slots_of(args, "block_table", block_table, sequence, token, cache, missing=True)
+    out[rows[slots < 0]] = 0
+    dims = (kv_lora_rank, out.shape[1] - kv_lora_rank)
+    parts = _read(slots[slots >= 0], cache, rope_cache, scale, f, dims)
+    out[rows[slots >= 0]] = torch.cat([x.to(out.dtype) for x in parts], 1)
 
 
-def _check_norm(args: Arguments, kv_c: Tensor, weight: Tensor | None, kv_c_out: Tensor | None) -> None:
-    n, latent_dim = kv_c.shape
-    if weight is not None:
-        args.tensor("kv_norm_weight", weight, (kv_c.dtype, torch.float32), L=latent_dim)
-    if kv_c_out is not None:
-        if weight is None:
-            args.fail("kv_c_out", "None without kv_norm_weight", "a tensor")
-        args.tensor("kv_c_out", kv_c_out, (kv_c.dtype,), N=n, L=latent_dim)
-        args.no_overlap("kv_c_out", kv_c_out)
+def convert_cache_(
+    src: Tensor,
+    src_rope: Tensor | None,
+    src_scale: Tensor | None,
+    src_format: str,
+    dst: Tensor,
+    dst_rope: Tensor | None,
+    dst_scale: Tensor | None,
+    dst_format: str,
+    kv_lora_rank: int,
+    rope_dim: int,
+    src_blocks: Tensor | None = None,
+    dst_blocks: Tensor | None = None,
+) -> None:
+    """See :meth:`latentkv.providers.Provider.convert_cache_`."""
+    args = Arguments("convert_cache_", src.device)
+    f, g = check_convert(
+        args, src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format, kv_lora_rank, rope_dim,
+        src_blocks, dst_blocks,
+    )  # fmt: skip
+    runs, count = block_counts(src, src_blocks)
+    tokens = min(count * src.shape[-2], block_counts(dst, dst_blocks)[1] * dst.shape[-2])
+    run = torch.arange(runs, device=src.device).repeat_interleave(tokens)
+    token = torch.arange(tokens, device=src.device).repeat(runs)
+    slots, dst_slots = (
+        _slots_of(args, name, _blocks(cache, blocks), run, token, cache, missing=False)
+        for name, cache, blocks in (("src_blocks", src, src_blocks), ("dst_blocks", dst, dst_blocks))
+    )
+    alive = (slots >= 0) & (dst_slots >= 0)
+    slots, dst_slots, dims = slots[alive], dst_slots[alive], (kv_lora_rank, rope_dim)
+    one = torch.ones((1,), device=src.device)
+    same_scale = torch.equal(*(one if s is None else s.reshape(1) for s in (src_scale, dst_scale)))
+    if f == g and (same_scale or not f.quantised):
+        _put(dst_slots, _take(slots, _parts(src, src_rope, f, *dims)), _parts(dst, dst_rope, f, *dims))
+        return
+    latent, rope = _read(slots, src, src_rope, src_scale, f, dims)
+    if g.activation is not None:
+        latent, rope = (latent if g.packed else latent.to(g.activation)), rope.to(g.activation)
+    _store(dst_slots, latent, rope, dst, dst_rope, dst_scale, g)
 
 
-def _check_positions(args: Arguments, n: int, positions: Tensor | None, table: Tensor | None, rope_dim: int) -> None:
-    if (positions is None) != (table is None):
-        missing = "positions" if positions is None else "cos_sin_cache"
-        args.fail(missing, "a tensor, as for the other of positions and cos_sin_cache", "None")
-    if positions is not None and table is not None:
-        args.tensor("positions", positions, INDEX_TYPES, N=n)
-        args.tensor("cos_sin_cache", table, ACTIVATIONS, max_position=-1, R=rope_dim)
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    rope_cache: Tensor | None,
+    scale: Tensor | None,
+    format: str,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    kv_lora_rank: int,
+    sm_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See :meth:`latentkv.providers.Provider.mla_decode`. In fp64: this is what others are measured against."""
+    args = Arguments("mla_decode", q.device)
+    f = check_decode(args, q, cache, rope_cache, scale, format, block_table, seq_lens, kv_lora_rank)
+    dims = (kv_lora_rank, q.shape[2] - kv_lora_rank)
+    out, lse = torch.empty_like(q[..., :kv_lora_rank]), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for i, length in enumerate(seq_lens.tolist()):
+        token = torch.arange(max(length, 0), device=q.device)
+        slots = _slots_of(args, "block_table", block_table, torch.full_like(token, i), token, cache, missing=True)
+        latent, rope = (x.double() for x in _read(slots[slots >= 0], cache, rope_cache, scale, f, dims))
+        scores = q[i].double() @ torch.cat([latent, rope], 1).T * sm_scale
+        lse[i] = scores.logsumexp(1)
+        out[i] = scores.softmax(1) @ latent
+    return out, lse
 
 
-def _check_pairs(args: Arguments, tensors: dict[str, Tensor | None], dtype: torch.dtype, mutated: bool) -> None:
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        args.dtype(name, t, (dtype,))
-        if t.shape[-1] % 2:
-            args.fail(name, "an even rope dimension R", t.shape[-1])
-        if mutated:
-            args.no_overlap(name, t)
-
-
-def _check_slots(args: Arguments, n: int, slots: Tensor) -> None:
-    args.tensor("slot_mapping", slots, INDEX_TYPES, T=-1)
-    if slots.shape[0] > n:
-        args.fail("slot_mapping", f"at most N={n} entries", slots.shape[0])
+def _blocks(cache: Tensor, blocks: Tensor | None) -> Tensor:
+    """The block numbers [S, n] that convert_cache_ goes through on one side."""
+    if blocks is None:
+        return torch.arange(cache.shape[0], device=cache.device)[None]
+    return blocks[None] if blocks.dim() == 1 else blocks
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
@@ -364,31 +365,9 @@ def _plan(
     if table is None or table.shape[1] == 0:
         rotates = torch.zeros_like(rotates)
     capacity = cache.shape[0] * cache.shape[-2]
-    rows = _rows(args, slots, capacity, positions[: len(slots)] if positions is not None else None, table, rotates)
+    positions = positions[: len(slots)] if positions is not None else None
+    rows = (~outside(args, rotates, slots, capacity, positions, table)).nonzero().flatten()
     return rows, rows[rotates[rows]]
-
-
-def _rows(
-    args: Arguments,
-    slots: Tensor | None,
-    capacity: int,
-    positions: Tensor | None,
-    table: Tensor | None,
-    rotates: Tensor,
-) -> Tensor:
-    """The rows to work on. Those with a slot or a position outside are skipped, or raise: see the contract."""
-    bad_slots = torch.zeros_like(rotates) if slots is None else slots >= capacity
-    bad_positions = torch.zeros_like(rotates)
-    if positions is not None and table is not None:
-        bad_positions = rotates & ((positions < 0) | (positions >= table.shape[0]))
-    if rotates.device.type == "cpu" or os.environ.get("LATENTKV_CHECKS") == "1":
-        if slots is not None and bad_slots.any():
-            row = int(bad_slots.nonzero()[0])
-            args.fail("slot_mapping", f"slots below the capacity of {capacity}", f"{int(slots[row])} at row {row}")
-        if positions is not None and table is not None and bad_positions.any():
-            row = int(bad_positions.nonzero()[0])
-            args.fail("positions", f"values in 0 .. {table.shape[0] - 1}", f"{int(positions[row])} at row {row}")
-    return (~(bad_slots | bad_positions)).nonzero().flatten()
 
 
 def _rotate_rows(
@@ -420,20 +399,48 @@ def _write_rows(
     f: Format,
 ) -> None:
     """Writes the [latent | rope] that belong to ``rows``, those that have a slot."""
+    own = slots[rows].long()
+    _store(own[own >= 0], latent[own >= 0], rope[own >= 0], cache, rope_cache, scale, f)
+
+
+def _store(
+    slots: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    cache: Tensor,
+    rope_cache: Tensor | None,
+    scale: Tensor | None,
+    f: Format,
+) -> None:
+    """Writes [latent | rope] rows to slots that exist."""
     if f.packed:
         codes, tile_scales = encode_tiles(latent, f.packed.tile)
-        keys = rope.contiguous().view(torch.uint8)
-        if f.packed.block_multiple is None:
-            parts = [(cache, torch.cat([codes, tile_scales.view(torch.uint8), keys], 1))]
-        else:
-            exponents = (tile_scales.view(torch.int32) >> 23).to(torch.uint8)
-            row = (torch.cat([codes, keys], 1), torch.nn.functional.pad(exponents, (0, 1)))
-            parts = list(zip(_run(cache, *(part.shape[1] for part in row)), row, strict=True))
-    elif rope_cache is None:
-        parts = [(cache, torch.cat([encode(latent, f.name, scale), encode(rope, f.name, scale)], 1))]
+        scales = tile_scales.view(torch.uint8)
+        if f.packed.block_multiple is not None:
+            scales = torch.nn.functional.pad((tile_scales.view(torch.int32) >> 23).to(torch.uint8), (0, 1))
+        row: tuple[Tensor, ...] = (codes, rope.contiguous().view(torch.uint8), scales)
     else:
-        parts = [(cache, encode(latent, f.name, scale)), (rope_cache, encode(rope, f.name, scale))]
-    _put(rows, slots, parts)
+        row = (encode(latent, f.name, scale), encode(rope, f.name, scale))
+    _put(slots, row, _parts(cache, rope_cache, f, latent.shape[1], rope.shape[1]))
+
+
+def _parts(cache: Tensor, rope_cache: Tensor | None, f: Format, latent_dim: int, rope_dim: int) -> tuple[Tensor, ...]:
+    """Where latent, rope and a packed format's scales lie: views [B, bs, .] of elements; bytes for fp8 and packed."""
+    if f.packed and f.packed.block_multiple is not None:
+        rows, scales = _run(cache, latent_dim + 2 * rope_dim, f.packed.row_bytes - latent_dim - 2 * rope_dim)
+        return rows[..., :latent_dim], rows[..., latent_dim:], scales
+    pages, *more = (_pages(t, f) for t in (cache, rope_cache) if t is not None)
+    if f.packed:
+        latent, scales, rope = pages[..., : f.packed.row_bytes].tensor_split((latent_dim, -2 * rope_dim), -1)
+        return latent, rope, scales
+    rope = more[0][..., :rope_dim] if more else pages[..., latent_dim : latent_dim + rope_dim]
+    return pages[..., :latent_dim], rope
+
+
+def _pages(cache: Tensor, f: Format) -> Tensor:
+    """A cache tensor [B, bs, C] or [B, 1, bs, C] as [B, bs, C], of bytes where the format is not 16- or 32-bit."""
+    pages = cache.view(torch.uint8) if f.quantised else cache
+    return pages.squeeze(1) if pages.dim() == 4 else pages
 
 
 def _run(cache: Tensor, *widths: int) -> tuple[Tensor, ...]:
@@ -444,12 +451,57 @@ def _run(cache: Tensor, *widths: int) -> tuple[Tensor, ...]:
     return tuple(part.unflatten(1, (entries, width)) for part, width in zip(parts, widths, strict=True))
 
 
-def _put(rows: Tensor, slots: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Into cache tensors [B, bs, C] or [B, 1, bs, C] the codes that belong to ``rows``, those that have a slot."""
-    own = slots[rows].long()
-    for cache, codes in parts:
-        pages = cache.view(torch.uint8) if codes.dtype == torch.uint8 else cache
-        pages = pages.squeeze(1) if pages.dim() == 4 else pages
-        size = max(pages.shape[1], 1)
-        slot = own[own >= 0]
-        pages[..., : codes.shape[1]][slot // size, slot % size] = codes[own >= 0]
+def _put(slots: Tensor, row: Iterable[Tensor], parts: Iterable[Tensor]) -> None:
+    """Into views [B, bs, .] of a cache the parts of rows."""
+    for part, codes in zip(parts, row, strict=True):
+        size = max(part.shape[1], 1)
+        part[slots // size, slots % size] = codes
+
+
+def _take(slots: Tensor, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The parts of rows, out of views [B, bs, .] of a cache."""
+    return tuple(part[slots // max(part.shape[1], 1), slots % max(part.shape[1], 1)] for part in parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def _slots_of(
+    args: Arguments, name: str, blocks: Tensor, sequence: Tensor, token: Tensor, cache: Tensor, missing: bool
+) -> Tensor:
+    """The slots of some sequences' tokens, by their blocks [S, n]; -1 where there is none, or it raises.
+
+    ``missing``: a negative block number is a fault, too.
+    """
+    count, size = cache.shape[0], max(cache.shape[-2], 1)
+    column = token // size
+    inside = (token >= 0) & (column < blocks.shape[1])
+    if not blocks.shape[1]:
+        return torch.full_like(token, -1)
+    number = blocks[sequence, column.clamp(0, blocks.shape[1] - 1)].long()
+    bad = inside & ((number >= count) | (missing & (number < 0)))
+    if checks_values(cache.device):
+        if missing and not inside.all():
+            row = int((~inside).nonzero()[0])
+            expected = f"blocks for token {int(token[row])} of sequence {int(sequence[row])}, {size} tokens each"
+            args.fail(name, expected, f"{blocks.shape[1]} blocks")
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            at = f"{int(number[row])} at [{int(sequence[row])}, {int(column[row])}]"
+            args.fail(name, f"block numbers in 0 .. {count - 1}", at)
+    return torch.where(inside & (number >= 0) & (number < count), number * size + token % size, -1)
+
+
+def _read(
+    slots: Tensor, cache: Tensor, rope_cache: Tensor | None, scale: Tensor | None, f: Format, dims: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Latent [n, L] and rope [n, R] of the rows in slots that exist: as they are, or in fp32 where they are fp8."""
+    latent, rope, *scales = _take(slots, _parts(cache, rope_cache, f, *dims))
+    if not f.packed:
+        return (dequantise(latent, scale, f), dequantise(rope, scale, f)) if f.quantised else (latent, rope)
+    if f.packed.block_multiple is None:
+        factors = scales[0].contiguous().view(torch.float32)
+    else:
+        factors = (scales[0][:, : dims[0] // f.packed.tile].int() << 23).view(torch.float32)
+    tiles = latent.view(torch.float8_e4m3fn).float().unflatten(1, (-1, f.packed.tile))
+    return (tiles * factors[..., None]).flatten(1), rope.contiguous().view(torch.bfloat16)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import providers
+from ..checks import QUERY_FORMATS
 from ..ops import OP_NAMES
-from ..reference import QUERY_FORMATS, encode, quantise, rotate
+from ..reference import encode, quantise, rotate
 from .inputs import GROUPED, INDEXER, PROLOGUE, Inputs, Layers, Prologue, Update
 from .timing import Call
 

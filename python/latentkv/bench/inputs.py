@@ -9,9 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..checks import INDEX_DIM, INDEX_ROW_BYTES
 from ..layouts import FORMATS, CacheLayout, MLACache
 from ..models import Model
-from ..reference import INDEX_DIM, INDEX_ROW_BYTES
 from ..rope_table import build_cos_sin_cache
 
 LAYERS: Final = 4  # that write_cache_grouped_ writes at once: a draft model's

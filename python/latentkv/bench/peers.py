@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import INDEX_DIM
 from ..layouts import FORMATS, CacheLayout, MLACache
-from ..reference import INDEX_DIM
 from .contenders import FUSED, Contender, PeerError, in_turn
 from .inputs import GROUPED, INDEXER, PROLOGUE, IndexerKeys, Layers, Prologue, Update
 from .timing import Call

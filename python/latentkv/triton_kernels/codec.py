@@ -1,0 +1,112 @@
+"""Activations and codes in Triton: their bits to fp32 and back, in integer arithmetic.
+
+Tensors reach the kernels as integers of their size, so that what is copied stays as it is. Triton's own casts
+would not do: its interpreter truncates to bf16 and misrounds fp8, and chips lack conversions for the other vendor's
+fp8 kinds. All kernels here are launched with ``enable_fp_fusion=False``: every product and sum is rounded by itself.
+
+A ``KIND`` is how an element is stored: "bf16", "fp16" or "fp32" (int16 or int32 bits), "fp8_e4m3fn", "fp8_e4m3fnuz" or
+"fp8_e5m2" (uint8). ``HIP`` says that the code is for an AMD GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layouts import FORMATS
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by an element's size: the dtype that its bits are passed as
+
+
+def kind_of(dtype: object) -> str:
+    """The KIND of a torch dtype."""
+    return next(f.name for f in FORMATS.values() if f.dtype == dtype and not f.packed)
+
+
+def bits(t: Tensor) -> Tensor:
+    """The tensor's elements as integers: a view."""
+    return t.view(BITS[t.element_size()])
+
+
+@triton.jit
+def div_rn(a, b, HIP: tl.constexpr):
+    """a / b, correctly rounded.
+
+    On AMD the compiler's sequence may leave the quotient an ulp too small where b's mantissa is all ones
+    (csrc_hip/vendor.h): of it and the next number that one is right which leaves the smaller remainder.
+    """
+    q = tl.div_rn(a, b)
+    if HIP:
+        after = (q.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+        q = tl.where(tl.abs(tl.fma(-after, b, a)) < tl.abs(tl.fma(-q, b, a)), after, q)
+    return q
+
+
+@triton.jit
+def to_float(bits, KIND: tl.constexpr):
+    """The fp32 values of elements; of fp8 before the scale."""
+    if KIND == "bf16":
+        x = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "fp16":
+        x = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    elif KIND == "fp32":
+        x = bits.to(tl.float32, bitcast=True)
+    else:
+        # The code's exponent and mantissa at fp32's place are too small by the difference of the biases.
+        MANTISSA: tl.constexpr = 2 if KIND == "fp8_e5m2" else 3
+        UP: tl.constexpr = 2.0**112 if KIND == "fp8_e5m2" else (2.0**119 if KIND == "fp8_e4m3fnuz" else 2.0**120)
+        code = bits.to(tl.int32)
+        signed = ((code & 0x7F) << (23 - MANTISSA)) | ((code & 0x80) << 24)
+        x = signed.to(tl.float32, bitcast=True) * UP
+        nan = float("nan")
+        if KIND == "fp8_e4m3fn":
+            x = tl.where((code & 0x7F) == 0x7F, nan, x)
+        elif KIND == "fp8_e4m3fnuz":
+            x = tl.where(code == 0x80, nan, x)
+        else:
+            x = tl.where((code & 0x7F) == 0x7C, x * float("inf"), x)
+            x = tl.where((code & 0x7F) > 0x7C, nan, x)
+    return x
+
+
+@triton.jit
+def from_float(x, KIND: tl.constexpr):
+    """The bits of fp32 numbers as elements, rounded to nearest even; fp8 clamps to its finite range."""
+    if KIND == "bf16":
+        u = x.to(tl.int32, bitcast=True)
+        rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+        code = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int16)
+    elif KIND == "fp16":
+        code = x.to(tl.float16).to(tl.int16, bitcast=True)
+    elif KIND == "fp32":
+        code = x.to(tl.int32, bitcast=True)
+    else:
+        code = _encode_fp8(x, KIND)
+    return code
+
+
+@triton.jit
+def _encode_fp8(x, KIND: tl.constexpr):
+    DROP: tl.constexpr = 21 if KIND == "fp8_e5m2" else 20  # mantissa bits to round away
+    BIAS: tl.constexpr = 15 if KIND == "fp8_e5m2" else (8 if KIND == "fp8_e4m3fnuz" else 7)
+    MAX: tl.constexpr = 57344.0 if KIND == "fp8_e5m2" else (240.0 if KIND == "fp8_e4m3fnuz" else 448.0)
+    NAN: tl.constexpr = 0x80 if KIND == "fp8_e4m3fnuz" else 0x7F
+    STEP: tl.constexpr = (128 - BIAS + DROP) << 23  # a number whose last mantissa bit is worth a subnormal step
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = tl.minimum(tl.abs(x), MAX)
+    u = magnitude.to(tl.int32, bitcast=True)
+    step = tl.full(x.shape, STEP, tl.int32).to(tl.float32, bitcast=True)
+    small = (magnitude + step).to(tl.int32, bitcast=True) - STEP  # the addition does the rounding
+    normal = ((u + ((1 << (DROP - 1)) - 1) + ((u >> DROP) & 1)) >> DROP) - ((127 - BIAS) << (23 - DROP))
+    code = tl.where(u < ((128 - BIAS) << 23), small, normal)
+    code = tl.where((code == 0) & (KIND == "fp8_e4m3fnuz"), 0, code | sign)  # FNUZ has no negative zero
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, NAN, code).to(tl.uint8)
+
+
+@triton.jit
+def power_of_two_above(x):
+    """The least power of two that is at least x, which is normal; infinity stays."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)
