@@ -15,15 +15,18 @@ if(TORCH_VERSION VERSION_LESS 2.10)
 endif()
 message(STATUS "torch ${TORCH_VERSION} in ${TORCH_DIR}")
 
-# latentkv_library(<device> <common>): the library `_<device>` from LATENTKV_SOURCES in the folder <common>, which is
-# csrc_common or a translated copy, to be compiled in the calling directory.
+# latentkv_library(<device> <common> [<architecture>...]): the library `_<device>` from LATENTKV_SOURCES in the folder
+# <common>, which is csrc_common or a translated copy, to be compiled in the calling directory. It can tell the GPU
+# architectures that it has code for.
 function(latentkv_library device common)
   list(TRANSFORM LATENTKV_SOURCES PREPEND ${common}/)
   add_library(_${device} MODULE ${LATENTKV_SOURCES})
   set_target_properties(_${device} PROPERTIES PREFIX "" SUFFIX ".abi3.so")
   target_include_directories(_${device} PRIVATE ${PROJECT_SOURCE_DIR}/csrc_${device} ${common})
   target_include_directories(_${device} SYSTEM PRIVATE ${TORCH_DIR}/include)
-  target_compile_definitions(_${device} PRIVATE TORCH_TARGET_VERSION=0x020A000000000000)
+  list(JOIN ARGN " " architectures)
+  target_compile_definitions(_${device} PRIVATE TORCH_TARGET_VERSION=0x020A000000000000
+                             LATENTKV_ARCHITECTURES="${architectures}")
   # By file name: the library is already loaded when ours is, so no search path is needed at run time.
   target_link_libraries(_${device} PRIVATE ${TORCH_DIR}/lib/libtorch_cpu.so)
   target_link_options(_${device} PRIVATE -Wl,--as-needed -Wl,--unresolved-symbols=ignore-in-shared-libs -s)

@@ -38,7 +38,7 @@ struct Fp32 {
   static constexpr int bytes = 4;
 };
 
-// n activations of dtype A.
+// n activations of dtype A, or codes of an fp8 kind.
 template <class A, int n>
 using Chunk = Bits<A::bytes * n>;
 
@@ -47,6 +47,11 @@ LKV_DEVICE void to_floats(const Bits<A::bytes * n>& chunk, float* out) {
   if constexpr (A::bytes == 4) {
     LKV_UNROLL
     for (int i = 0; i < n; ++i) out[i] = bits_float(chunk.w[i]);
+  } else if constexpr (A::bytes == 1) {
+    LKV_UNROLL
+    for (int i = 0; i < n; i += 2) {
+      Fp8Decoder<A>::decode_pair(static_cast<uint16_t>(chunk.w[i / 4] >> (i % 4 * 8)), out[i], out[i + 1]);
+    }
   } else if constexpr (n == 1) {
     out[0] = A::low(chunk.w[0]);
   } else {

@@ -1,5 +1,5 @@
-// fp8 encoding in integer arithmetic: every device can write every kind. A vendor header may put an instruction of its
-// chip in the place of `encode_pair` for the kinds that the chip knows.
+// fp8 in integer arithmetic: every device can write and read every kind. A vendor header may put an instruction of its
+// chip in the place of `encode_pair` or `decode_pair` for the kinds that the chip knows.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +8,30 @@
 namespace latentkv {
 
 // A kind is named by its layout: mantissa bits, exponent bias, the code of NaN, and whether a negative zero exists.
-// `max` is its largest finite value.
+// `max` is its largest finite value, `infinite` the first magnitude past it: infinity, or a NaN where mantissa bits are
+// set. E4M3FNUZ has none, but NaN in the place of -0.
 struct E4M3FN {
+  static constexpr int bytes = 1;
   static constexpr int mantissa = 3, bias = 7;
   static constexpr uint8_t nan = 0x7F;
   static constexpr float max = 448.f;
+  static constexpr uint32_t infinite = 0x7F;
   static constexpr bool negative_zero = true;
 };
 struct E4M3FNUZ {
+  static constexpr int bytes = 1;
   static constexpr int mantissa = 3, bias = 8;
   static constexpr uint8_t nan = 0x80;
   static constexpr float max = 240.f;
+  static constexpr uint32_t infinite = 0x80;
   static constexpr bool negative_zero = false;
 };
 struct E5M2 {
+  static constexpr int bytes = 1;
   static constexpr int mantissa = 2, bias = 15;
   static constexpr uint8_t nan = 0x7F;
   static constexpr float max = 57344.f;
+  static constexpr uint32_t infinite = 0x7C;
   static constexpr bool negative_zero = true;
 };
 // Any of them, known when the kernel runs.
@@ -78,6 +85,26 @@ struct Fp8Encoder {
   static constexpr bool is_native = kEncodesInIntegers;
   LKV_DEVICE static uint16_t encode_pair(const Kind& kind, float low, float high) {
     return static_cast<uint16_t>(encode_fp8(kind, low) | encode_fp8(kind, high) << 8);
+  }
+};
+
+// The number that a code of eight bits stands for.
+template <class Kind>
+LKV_DEVICE float decode_fp8(Kind, uint32_t code) {
+  // Exponent and mantissa at fp32's place are too small by the difference of the biases; the product is exact.
+  const uint32_t magnitude = code & 0x7F;
+  const float up = bits_float(static_cast<uint32_t>(254 - Kind::bias) << 23);
+  uint32_t bits = float_bits(mul_rn(bits_float(magnitude << (23 - Kind::mantissa)), up));
+  if (magnitude >= Kind::infinite) bits |= 0x7F800000;
+  if (!Kind::negative_zero && code == Kind::nan) bits = 0x7FC00000;
+  return bits_float(bits | (code & 0x80) << 24);
+}
+
+// The reverse of an encoder: the first value is the low byte's.
+template <class Kind>
+struct Fp8Decoder {
+  LKV_DEVICE static void decode_pair(uint16_t codes, float& low, float& high) {
+    low = decode_fp8(Kind{}, codes & 0xFF), high = decode_fp8(Kind{}, codes >> 8);
   }
 };
 

@@ -14,4 +14,11 @@ extern "C" __attribute__((visibility("default"))) void latentkv_register(const c
   library->impl("rope_write_cache_", TORCH_BOX(&latentkv::rope_write_cache_));
   library->impl("decode_prologue", TORCH_BOX(&latentkv::decode_prologue));
   library->impl("write_indexer_cache_", TORCH_BOX(&latentkv::write_indexer_cache_));
+  library->impl("gather_cache", TORCH_BOX(&latentkv::gather_cache));
+  library->impl("convert_cache_", TORCH_BOX(&latentkv::convert_cache_));
+}
+
+// The GPU architectures that this library has code for, as CMake names them: "80 90-real" or "gfx942 gfx950".
+extern "C" __attribute__((visibility("default"))) const char* latentkv_architectures() {
+  return LATENTKV_ARCHITECTURES;
 }

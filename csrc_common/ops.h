@@ -41,4 +41,13 @@ void decode_prologue(const OptionalTensor& q_nope, const Tensor& q_pe, const Ten
 void write_indexer_cache_(const Tensor& k, const OptionalTensor& positions, const OptionalTensor& cos_sin_cache,
                           const Tensor& slot_mapping, const Tensor& cache, bool is_neox, bool power_of_two_scale);
 
+void gather_cache(const Tensor& cache, const OptionalTensor& rope_cache, const OptionalTensor& scale,
+                  const std::string& format, const Tensor& block_table, const Tensor& cu_seq_lens, const Tensor& out,
+                  int64_t kv_lora_rank, const OptionalTensor& seq_starts);
+
+void convert_cache_(const Tensor& src, const OptionalTensor& src_rope, const OptionalTensor& src_scale,
+                    const std::string& src_format, const Tensor& dst, const OptionalTensor& dst_rope,
+                    const OptionalTensor& dst_scale, const std::string& dst_format, int64_t kv_lora_rank,
+                    int64_t rope_dim, const OptionalTensor& src_blocks, const OptionalTensor& dst_blocks);
+
 }  // namespace latentkv

@@ -52,6 +52,10 @@ struct HeadPart {
 struct RowPart {
   char* data = nullptr;
   int64_t block_stride = 0, entry_stride = 0;
+
+  LKV_DEVICE char* at(uint32_t block, uint32_t entry) const {
+    return data + block * block_stride + entry * entry_stride;
+  }
 };
 
 // Where rows go, and how their elements are stored.
@@ -64,7 +68,7 @@ struct Rows {
 
   LKV_DEVICE char* at(const RowPart& part, uint32_t slot) const {
     const uint32_t block = block_size.divide(slot), entry = slot - block * block_size.d;
-    return part.data + block * part.block_stride + entry * part.entry_stride;
+    return part.at(block, entry);
   }
 };
 

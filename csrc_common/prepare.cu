@@ -42,12 +42,12 @@ void check_capacity(const Arguments& args, const char* name, const CacheView& vi
 }
 
 // That rows of a_row bytes in one tensor and b_row bytes in the other share no byte.
-void check_apart(const Arguments& args, const Call& call, int64_t a_row, int64_t b_row) {
-  const Tensor &cache = *call.cache, &rope_cache = *call.rope_cache;
+void check_apart(const Arguments& args, const Stored& stored, int64_t a_row, int64_t b_row) {
+  const Tensor &cache = *stored.cache, &rope_cache = *stored.rope_cache;
   const CacheView a(cache), b(rope_cache);
-  const std::string name = call.cache_name;
+  const std::string name = stored.name;
   if (a.blocks != b.blocks || a.block_size != b.block_size) {
-    args.fail(call.rope_cache_name, "the blocks of " + name + ": " + shape_of(cache), shape_of(rope_cache));
+    args.fail(stored.rope_name, "the blocks of " + name + ": " + shape_of(cache), shape_of(rope_cache));
   }
   const int64_t offset = static_cast<char*>(rope_cache.data_ptr()) - static_cast<char*>(cache.data_ptr());
   const bool apart =
@@ -58,7 +58,7 @@ void check_apart(const Arguments& args, const Call& call, int64_t a_row, int64_t
   const bool blocks_apart =
       same_blocks && a.blocks > 1 && side_by_side(offset, a.block_stride, b.block_bytes(b_row), a.block_bytes(a_row));
   if (!(apart || entries_apart || blocks_apart)) {
-    args.fail(call.rope_cache_name, "a tensor that shares no bytes with " + name, "overlapping memory");
+    args.fail(stored.rope_name, "a tensor that shares no bytes with " + name, "overlapping memory");
   }
 }
 
@@ -80,37 +80,52 @@ CacheView check_packed(const Arguments& args, const FormatInfo& format, const ch
   return view;
 }
 
+const FormatInfo& known_format(const Arguments& args, const char* argument, const std::string& name) {
+  for (const FormatInfo& known : kFormats) {
+    if (name == known.name) return known;
+  }
+  args.fail(argument, "a known format name", "'" + name + "'");
+}
+
+// The tensors of a cache and its scale, for rows of so many elements, which are those of a packed format.
+void check_stored(const Arguments& args, const Stored& stored, const FormatInfo& format, int64_t latent_dim,
+                  int64_t rope_dim) {
+  if (format.tile) {
+    if (stored.rope_cache) args.fail(stored.rope_name, std::string("None for format ") + format.name, "a tensor");
+    check_packed(args, format, stored.name, *stored.cache);
+  } else if (stored.rope_cache) {
+    check_elements(args, format, stored.name, *stored.cache, "L", latent_dim);
+    check_elements(args, format, stored.rope_name, *stored.rope_cache, "R", rope_dim);
+    check_apart(args, stored, latent_dim * format.bytes(), rope_dim * format.bytes());
+  } else {
+    check_elements(args, format, stored.name, *stored.cache, "L + R", latent_dim + rope_dim);
+  }
+  check_capacity(args, stored.name, CacheView(*stored.cache));
+  check_one(args, stored.scale_name, stored.scale);
+}
+
 namespace {
 
+Stored stored_of(const Call& call) {
+  return {call.cache, call.rope_cache, call.scale, call.cache_name, call.rope_cache_name, call.scale_name};
+}
+
 const FormatInfo& check_cache(const Arguments& args, const Call& call, int64_t latent_dim, int64_t rope_dim) {
-  const FormatInfo* format = nullptr;
-  for (const FormatInfo& known : kFormats) {
-    if (*call.format == known.name) format = &known;
-  }
-  if (!format) args.fail("format", "a known format name", "'" + *call.format + "'");
-  const ScalarType copied = format->tile ? ScalarType::BFloat16 : format->type;
-  if ((format->tile || format->code == Code::verbatim) && call.kv_c->scalar_type() != copied) {
-    args.fail(call.kv_c_name, "dtype " + name_of(copied) + " for format " + format->name,
+  const FormatInfo& format = known_format(args, "format", *call.format);
+  const ScalarType copied = format.tile ? ScalarType::BFloat16 : format.type;
+  if ((format.tile || format.code == Code::verbatim) && call.kv_c->scalar_type() != copied) {
+    args.fail(call.kv_c_name, "dtype " + name_of(copied) + " for format " + format.name,
               name_of(call.kv_c->scalar_type()));
   }
-  if (format->tile) {
-    const auto dim = [&](const char* name, const std::string& what, int64_t expected, int64_t got) {
-      if (got != expected) args.fail(name, what + std::to_string(expected) + " for format " + format->name, got);
-    };
-    dim(call.kv_c_name, "L=", format->latent_dim, latent_dim);
-    dim(call.k_name, "R=", format->rope_dim, rope_dim);
-    if (call.rope_cache) args.fail(call.rope_cache_name, std::string("None for format ") + format->name, "a tensor");
-    check_packed(args, *format, call.cache_name, *call.cache);
-  } else if (call.rope_cache) {
-    check_elements(args, *format, call.cache_name, *call.cache, "L", latent_dim);
-    check_elements(args, *format, call.rope_cache_name, *call.rope_cache, "R", rope_dim);
-    check_apart(args, call, latent_dim * format->bytes(), rope_dim * format->bytes());
-  } else {
-    check_elements(args, *format, call.cache_name, *call.cache, "L + R", latent_dim + rope_dim);
+  const auto dim = [&](const char* name, const std::string& what, int64_t expected, int64_t got) {
+    if (got != expected) args.fail(name, what + std::to_string(expected) + " for format " + format.name, got);
+  };
+  if (format.tile) {
+    dim(call.kv_c_name, "L=", format.latent_dim, latent_dim);
+    dim(call.k_name, "R=", format.rope_dim, rope_dim);
   }
-  check_capacity(args, call.cache_name, CacheView(*call.cache));
-  check_one(args, call.scale_name, call.scale);
-  return *format;
+  check_stored(args, stored_of(call), format, latent_dim, rope_dim);
+  return format;
 }
 
 // What only the decode prologue takes.
@@ -153,10 +168,12 @@ const float* data_of(const Tensor* scale) {
   return scale ? static_cast<const float*>(scale->data_ptr()) : nullptr;
 }
 
+}  // namespace
+
 // Where rows of a format lie in a cache.
-Rows rows_of(const Call& call, const FormatInfo& format, int64_t latent_dim) {
-  const CacheView view(*call.cache), rope_view(call.rope_cache ? *call.rope_cache : *call.cache);
-  auto* const data = static_cast<char*>(call.cache->data_ptr());
+Rows rows_of(const Stored& stored, const FormatInfo& format, int64_t latent_dim) {
+  const CacheView view(*stored.cache), rope_view(stored.rope_cache ? *stored.rope_cache : *stored.cache);
+  auto* const data = static_cast<char*>(stored.cache->data_ptr());
   Rows rows;
   rows.block_size = Divisor(static_cast<uint32_t>(std::max<int64_t>(view.block_size, 1)));
   rows.code = format.code, rows.tile = static_cast<uint8_t>(format.tile);
@@ -171,14 +188,13 @@ Rows rows_of(const Call& call, const FormatInfo& format, int64_t latent_dim) {
     rows.scales = {data + 576 * view.block_size, view.block_stride, 8};
   } else {
     rows.latent = {data, view.block_stride, view.entry_stride};
-    rows.rope = {call.rope_cache ? static_cast<char*>(call.rope_cache->data_ptr()) : data + latent_dim * format.bytes(),
-                 rope_view.block_stride, rope_view.entry_stride};
-    rows.scale = format.code == Code::verbatim ? nullptr : data_of(call.scale);
+    rows.rope = {
+        stored.rope_cache ? static_cast<char*>(stored.rope_cache->data_ptr()) : data + latent_dim * format.bytes(),
+        rope_view.block_stride, rope_view.entry_stride};
+    rows.scale = format.code == Code::verbatim ? nullptr : data_of(stored.scale);
   }
   return rows;
 }
-
-}  // namespace
 
 Indices indices(const Tensor& t) {
   const auto* const data = static_cast<const char*>(t.data_ptr());
@@ -188,20 +204,15 @@ Indices indices(const Tensor& t) {
 
 // The values of positions and slots, where they are looked at before the launch.
 void check_values(const Arguments& args, const Params& p, int device) {
-  const auto view = [&](const Indices& x) { return HostView(x.data, size_t{p.tokens} * x.bytes, device); };
-  const auto value = [](const HostView& host, uint32_t bytes, uint32_t i) {
-    return bytes == 8 ? static_cast<const int64_t*>(host.data())[i]
-                      : int64_t{static_cast<const int32_t*>(host.data())[i]};
-  };
-  const HostView slots = view(p.slots), positions = view(p.positions);
+  const HostIndices slots(p.slots, p.tokens, device), positions(p.positions, p.tokens, device);
   for (uint32_t t = 0; t < p.tokens; ++t) {
-    const int64_t slot = p.writes ? value(slots, p.slots.bytes, t) : -1;
+    const int64_t slot = p.writes ? slots[t] : -1;
     if (slot >= int64_t{p.capacity}) {
       args.fail("slot_mapping", "slots below the capacity of " + std::to_string(p.capacity),
                 std::to_string(slot) + " at row " + std::to_string(t));
     }
     if (!p.rotates || (slot < 0 && !p.rope_masked)) continue;
-    const int64_t position = value(positions, p.positions.bytes, t);
+    const int64_t position = positions[t];
     if (position < 0 || position >= p.table.max_position) {
       args.fail("positions", "values in 0 .. " + std::to_string(p.table.max_position - 1),
                 std::to_string(position) + " at row " + std::to_string(t));
@@ -313,7 +324,7 @@ Launch prepare(const Call& call) {
     align(p.kv_c, 16, {p.kv_c_stride});
     const CacheView view(*call.cache);
     p.capacity = static_cast<uint32_t>(view.blocks * view.block_size);
-    p.rows = rows_of(call, *format, latent_dim);
+    p.rows = rows_of(stored_of(call), *format, latent_dim);
     const int64_t bytes = format->tile ? 16 : chunk * format->bytes();
     align(p.rows.latent.data, bytes, {p.rows.latent.block_stride, p.rows.latent.entry_stride});
     if (rope_dim) align(p.rows.rope.data, bytes, {p.rows.rope.block_stride, p.rows.rope.entry_stride});

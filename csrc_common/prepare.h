@@ -65,7 +65,30 @@ struct CacheView {
   int64_t bytes(int64_t row_bytes) const { return (blocks - 1) * block_stride + block_bytes(row_bytes); }
 };
 
+// A cache as an op takes it, and the names of its arguments.
+struct Stored {
+  const Tensor *cache, *rope_cache, *scale;  // the latter two: null for None
+  const char *name = "cache", *rope_name = "rope_cache", *scale_name = "scale", *format_name = "format";
+};
+
+// int32 or int64 values on the host.
+class HostIndices {
+ public:
+  HostIndices(const Indices& x, int64_t count, int device) : view_(x.data, count * x.bytes, device), bytes_(x.bytes) {}
+  int64_t operator[](int64_t i) const {
+    return bytes_ == 8 ? static_cast<const int64_t*>(view_.data())[i] : static_cast<const int32_t*>(view_.data())[i];
+  }
+
+ private:
+  HostView view_;
+  uint32_t bytes_;
+};
+
 // Parts that several ops are prepared from.
+const FormatInfo& known_format(const Arguments& args, const char* argument, const std::string& name);
+void check_stored(const Arguments& args, const Stored& stored, const FormatInfo& format, int64_t latent_dim,
+                  int64_t rope_dim);
+Rows rows_of(const Stored& stored, const FormatInfo& format, int64_t latent_dim);
 CacheView check_packed(const Arguments& args, const FormatInfo& format, const char* name, const Tensor& cache);
 Indices indices(const Tensor& t);
 void check_values(const Arguments& args, const Params& p, int device);

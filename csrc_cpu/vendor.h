@@ -12,6 +12,7 @@
 #define LKV_DEVICE inline __attribute__((always_inline))
 #define LKV_INLINE __attribute__((always_inline))  // of a lambda
 #define LKV_UNROLL
+#define LKV_ROLLED
 #define LKV_DISPATCH_KEY "CPU"
 
 namespace latentkv {

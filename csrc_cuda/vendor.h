@@ -14,6 +14,7 @@
 #define LKV_DEVICE __device__ __forceinline__
 #define LKV_INLINE  // of a lambda: nvcc inlines them all
 #define LKV_UNROLL _Pragma("unroll")
+#define LKV_ROLLED _Pragma("unroll 1")
 #define LKV_GRID_CONSTANT __grid_constant__
 
 namespace latentkv {
@@ -73,6 +74,22 @@ struct Fp8Encoder<E5M2> {
   static constexpr bool is_native = true;
   LKV_DEVICE static uint16_t encode_pair(E5M2, float low, float high) {
     return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E5M2);
+  }
+};
+// Every code is exact in 16 bits.
+LKV_DEVICE void to_pair(__half2_raw halves, float& low, float& high) {
+  low = unpack_fp16(halves.x), high = unpack_fp16(halves.y);
+}
+template <>
+struct Fp8Decoder<E4M3FN> {
+  LKV_DEVICE static void decode_pair(uint16_t codes, float& low, float& high) {
+    to_pair(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3), low, high);
+  }
+};
+template <>
+struct Fp8Decoder<E5M2> {
+  LKV_DEVICE static void decode_pair(uint16_t codes, float& low, float& high) {
+    to_pair(__nv_cvt_fp8x2_to_halfraw2(codes, __NV_E5M2), low, high);
   }
 };
 #endif

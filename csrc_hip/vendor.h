@@ -12,6 +12,7 @@
 #define LKV_DEVICE __device__ __forceinline__
 #define LKV_INLINE __attribute__((always_inline))  // of a lambda
 #define LKV_UNROLL _Pragma("unroll")
+#define LKV_ROLLED _Pragma("unroll 1")
 #define LKV_GRID_CONSTANT
 
 namespace latentkv {

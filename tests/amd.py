@@ -199,7 +199,7 @@ def load(path: Path, namespace: str, arch: str) -> Provider:
 
         return op
 
-    return Provider(arch, {name: emulated(name) for name in ops.OP_NAMES})
+    return Provider(arch, {name: emulated(name) for name in ops.NATIVE_OP_NAMES})
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -33,15 +34,26 @@ PLAIN_IMPORTS = (
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-# Where a test runs that takes a device and a provider: each provider on each device of the machine, and the HIP library
-# on emulated AMD chips, whose memory is the host's.
+# Where a test runs that takes a device and a provider: each provider on each device of the machine (Triton's kernels on
+# a GPU; on a CPU their interpreter is too slow for all of it, see test_triton.py), and the HIP library on emulated AMD
+# chips, whose memory is the host's.
 AMD = () if amd.problem() else amd.ARCHS
 PROVIDERS = ("native", "reference")
-TARGETS = [(device, name) for device in devices() for name in PROVIDERS] + [("cpu", arch) for arch in AMD]
+TARGETS = [
+    *((device, name) for device in devices() for name in PROVIDERS),
+    *([("cuda", "triton")] if torch.cuda.is_available() else []),
+    *(("cpu", arch) for arch in AMD),
+]
 
 
 def pytest_report_header() -> str:
     return f"emulated AMD devices: {', '.join(AMD) or f'absent: {amd.problem()}'}"
+
+
+def pytest_sessionfinish() -> None:
+    """Leaves nothing to collect: pytest does so five times at the end, and execnet interrupts what takes over 5 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -128,7 +128,6 @@ TEST_OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any] | None]] =
 }
 
 _libraries: dict[str, torch.library.Library] = {}  # a library object must outlive its ops
-REGISTERED: set[str] = set()  # the ops that this file has registered
 
 for _name, (_schema, _op, _fake) in (STAND_INS | TEST_OPS).items():
     _namespace, _, _base = _name.partition("::")
@@ -142,6 +141,5 @@ for _name, (_schema, _op, _fake) in (STAND_INS | TEST_OPS).items():
         _libraries[_namespace].impl(_base, _op, _key)
     if _fake is not None:
         torch.library.register_fake(_name, _fake, lib=_libraries[_namespace])
-    REGISTERED.add(_name)
 
 torch.fx.node.has_side_effect(torch.ops.latentkv_tests.note.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import sys
@@ -11,13 +12,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+import engine_ops
 import pytest
 import torch
 from latentkv import CacheLayout, providers, reference
 from latentkv.bench import (
     FUSED,
     INDEXER,
+    OPS,
     PROLOGUE,
+    READS,
     VARIANTS,
     VLLM,
     Bench,
@@ -45,6 +49,7 @@ from latentkv.testing import assert_same_bytes
 CPU = torch.device("cpu")
 CONCAT = CacheLayout(512, 64, 64, "bf16")
 FP8 = CacheLayout(512, 64, 64, "fp8_e4m3fn")
+WRITES = [op for op in OPS if op not in READS]
 DS_MLA = CacheLayout(512, 64, 64, "fp8_ds_mla")
 MODEL1 = CacheLayout(448, 64, 64, "fp8_model1")
 
@@ -150,7 +155,7 @@ def test_inputs_of_the_other_ops() -> None:
     ("op", "variant", "layout"),
     [
         (op, variant, CacheLayout(*(f.packed.dims if f.packed else (512, 64)), 64, f.name, placement))
-        for op in OP_NAMES
+        for op in OPS
         for variant in VARIANTS.get(op, ("",))
         for f in FORMATS.values()
         if f.name in ("bf16", "fp8_e4m3fn", "fp8_e5m2") or f.packed
@@ -313,20 +318,29 @@ _VLLM: dict[str, dict[str, Callable[..., None]]] = {
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    libraries = []
-    for namespace, kernels in _VLLM.items():
-        library = torch.library.Library(namespace, "FRAGMENT")
-        for schema, kernel in kernels.items():
-            library.define(schema)
-            library.impl(schema.partition("(")[0], kernel, "CPU")
-        libraries.append(library)
-    package = ModuleType("vllm")
-    package.__version__ = "0.33.0"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", package)
-    monkeypatch.setitem(sys.modules, "vllm._custom_ops", ModuleType("vllm._custom_ops"))
-    yield
-    for library in libraries:
-        library._destroy()
+    """vLLM's ops under its names, but in namespaces of their own: a process registers an op only once."""
+    with contextlib.ExitStack() as stack:
+        for namespace, kernels in _VLLM.items():
+            own = f"latentkv_tests{namespace}"
+            library = stack.enter_context(torch.library._scoped_library(own, "FRAGMENT"))
+            for schema, kernel in kernels.items():
+                library.define(schema)
+                library.impl(schema.partition("(")[0], kernel, "CPU")
+            monkeypatch.setattr(torch.ops, namespace, getattr(torch.ops, own))
+        package = ModuleType("vllm")
+        package.__version__ = "0.33.0"  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "vllm", package)
+        monkeypatch.setitem(sys.modules, "vllm._custom_ops", ModuleType("vllm._custom_ops"))
+        yield
+
+
+def test_compiled_graphs_call_vllm_by_the_same_schemas(fake_vllm: None) -> None:
+    """The ops that other tests compile graphs from; registered for good, they go beside those here."""
+    schemas = {f"{ns}::{s.partition('(')[0]}": s[s.index("(") :] for ns, kernels in _VLLM.items() for s in kernels}
+    both = schemas.keys() & engine_ops.STAND_INS.keys()
+    assert both == {"_C::rotary_embedding", "_C_cache_ops::concat_and_cache_mla"}
+    for name in both:
+        assert engine_ops.STAND_INS[name][0] == schemas[name]
 
 
 _VLLM_NAMES = {
@@ -339,7 +353,7 @@ _VLLM_NAMES = {
 @pytest.mark.parametrize(
     ("op", "variant", "layout"),
     [
-        *((op, variant, layout) for op in OP_NAMES for variant in VARIANTS.get(op, ("",)) for layout in (CONCAT, FP8)),
+        *((op, variant, layout) for op in WRITES for variant in VARIANTS.get(op, ("",)) for layout in (CONCAT, FP8)),
         *((op, "", CacheLayout(512, 64, 64, "fp8_e5m2")) for op in (FUSED, "write_cache_", GROUPED)),
         *((op, "", DS_MLA) for op in (FUSED, "write_cache_")),
         *((PROLOGUE, variant, DS_MLA) for variant in ("", "norm")),
@@ -585,7 +599,7 @@ def test_plot(tmp_path: Path, suffix: str) -> None:
 def test_on_a_gpu() -> None:
     runner = Bench(model("deepseek-v3"), torch.device("cuda"))
     rows = []
-    for op in OP_NAMES:
+    for op in OPS:
         for variant in VARIANTS.get(op, ("",)):
             rows += runner.measure(op, 16, 8, CONCAT, variant)
         rows += runner.measure_host(op, 16, CONCAT)

@@ -135,6 +135,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "frexp_exponent": lambda a: pc.integer(math.frexp(a.number)[1]),
     "CalcGlobalAddr": lambda address, *_: address,
     "CalcScalarGlobalAddr": lambda address, *_: address,
+    "CalcBufferAddr": lambda address, *_: address,
     "CalcDsAddr": lambda address, *_: address,
 }
 
@@ -756,6 +757,8 @@ v_subb_co_u32_e64 v4, s[22:23], v4, v8, s[22:23]
 v_xor_b32_e32 v0, 0x80000000, v8
 v_add_f16_sdwa v0, |v4|, -v8 dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:DWORD src1_sel:DWORD
 v_add_u32_sdwa v0, sext(v4), v8 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_2 src1_sel:WORD_0
+v_cndmask_b32_sdwa v0, v4, v8, vcc dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:WORD_1
+v_cndmask_b32_sdwa v0, v4, v8, vcc dst_sel:BYTE_2 dst_unused:UNUSED_PRESERVE src0_sel:BYTE_3 src1_sel:WORD_0
 v_and_b32_sdwa v0, s4, v8 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:BYTE_3
 v_cmp_o_f16_sdwa s[20:21], v4, v8 src0_sel:WORD_1 src1_sel:WORD_1
 v_cmp_o_f16_sdwa vcc, v4, |v8| src0_sel:WORD_0 src1_sel:WORD_1
@@ -1391,6 +1394,64 @@ def test_faults(kind: str, width: str) -> None:
             access(start, **{key: [(start, size - 1)] for key in allowed})
 
 
+# The vector address, the scalar offset, and what else an access to a buffer may say; the constant offset.
+BUFFERS = [("v2", "0", " offen", 0), ("v2", "s9", " offen offset:16 nt", 16), ("v2", "0x8", " offen offset:4095", 4095)]
+
+
+@pytest.mark.parametrize("place", BUFFERS, ids=str)
+@pytest.mark.parametrize("access", [*(f"load_{w}" for w in LOADS), *(f"store_{w}" for w in STORES)])
+def test_buffer(access: str, place: tuple[str, str, str, int]) -> None:
+    """As the text says, of lanes within the resource; lanes past its end load 0 and store nothing, however far."""
+    verb, _, width = access.partition("_")
+    vector, soffset, suffix, constant_offset = place
+    scene, rng, added = (
+        Scene(width, PLACES[0]),
+        np.random.default_rng(len(access)),
+        {"0": 0, "s9": 64, "0x8": 8}[soffset],
+    )
+    state, size = scene.state, 1 << 31
+    start = scene.buffer.ctypes.data - added - constant_offset
+    state.s[4], state.s[5], state.s[6], state.s[7] = start & 0xFFFFFFFF, start >> 32, size + added, 0x27000
+    state.s[9] = added
+    outside = rng.random(128) < 0.3
+    state.v[2] = np.where(outside, rng.choice([size, 0xFFFFFFFF, size + 4], 128), scene.offsets)
+    want, memory = state.v.copy(), pc.Bytes(dict(enumerate(scene.buffer.tolist())))
+    for lane in np.flatnonzero(scene.active):
+        old = sum(int(want[8 + i, lane]) << 32 * i for i in range(4))
+        here = pc.Bytes(dict.fromkeys(range(32), 0)) if outside[lane] else memory
+        at = 0 if outside[lane] else int(scene.offsets[lane])
+        env = {"MEM": here, "VADDR": Value("u", 32, at), "VDATA": Value("b", 128, old)}
+        env |= {name: pc.integer(0) for name in ("SRSRC", "SOFFSET", "OFFSET")}
+        bits = compiled(f"buffer_{access}")(env)["VDATA"].bits
+        for i in range(dwords(width) if verb == "load" else 0):
+            want[8 + i, lane] = bits >> 32 * i & 0xFFFFFFFF
+    ranges = {"readable" if verb == "load" else "writable": [scene.range()]}
+    text = f"buffer_{access} {data_registers(8, width)}, {vector}, s[4:7], {soffset}{suffix}"
+    execute(text, state, memory=Memory(**ranges))
+    np.testing.assert_array_equal(state.v, want)
+    np.testing.assert_array_equal(scene.buffer, [memory.content[i] for i in range(scene.buffer.size)])
+
+
+@pytest.mark.parametrize(
+    ("at", "why"),
+    [(0, None), (60, "fault"), (1 << 20, None), ((1 << 20) - 4, "across"), ("word 1", "raw"), ("word 3", "raw")],
+)
+def test_buffer_limits(at: Any, why: str | None) -> None:
+    """What lies within the resource is checked as any memory; what is not a plain range of bytes is not modelled."""
+    buffer = np.zeros(16, U32)
+    state = State(waves=1, vgprs=24)
+    start = buffer.ctypes.data
+    state.s[4], state.s[5], state.s[6], state.s[7] = start & 0xFFFFFFFF, start >> 32, 1 << 20, 0x27000
+    state.v[2], state.exec_mask = at if isinstance(at, int) else 0, 1
+    if isinstance(at, str):
+        state.s[4 + int(at[-1])] |= 1 << 17
+        state.s[4 + int(at[-1])] ^= 1 << 18
+    raised = {None: nullcontext(), "fault": pytest.raises(MemoryFault)}
+    with raised.get(why, pytest.raises(UnknownInstruction, match=why)):
+        text = "buffer_load_dwordx2 v[8:9], v2, s[4:7], 0 offen\nbuffer_load_dword v8, off, s[4:7], 0 offset:60"
+        execute(text, state, memory=Memory(readable=[(start, buffer.nbytes)]))
+
+
 def test_one_faulty_lane_of_many() -> None:
     scene = Scene("dword", PLACES[0])
     scene.state.v[2, 127] += 20 * 128
@@ -1527,15 +1588,62 @@ s_endpgm
 """
 
 
-def handmade(text: str) -> Kernel:
-    """A kernel with one pointer for an argument (s[0:1] has its address), the block's x in s2, and a word of LDS."""
+def handmade(text: str, lds_bytes: int = 4, preload: int = 0) -> Kernel:
+    """A kernel with one pointer for an argument: s[0:1] has its address.
+
+    In the next SGPRs are ``preload`` words of the arguments, then comes the block's x.
+    """
     listing = [f"{line} // {4 * i:012X}: 0" for i, line in enumerate(text.strip().splitlines())]
-    descriptor = struct.pack("<48xIIHH4x", 0xF0 << 12 | 0b1010 << 20, 2 << 1 | 1 << 7, 8, 0)
+    descriptor = struct.pack("<48xIIHH4x", 0xF0 << 12 | 0b1010 << 20, 2 + preload << 1 | 1 << 7, 8, preload)
     resources = {"vgprs": 8, "agprs": 0, "sgprs": 8, "vgpr_spills": 0, "sgpr_spills": 0, "scratch_bytes": 0}
     return Kernel(
-        "handmade", "gfx942", [(0, 8)], 8, **resources, lds_bytes=4, wavefront=64, raw_descriptor=descriptor,
+        "handmade", "gfx942", [(0, 8)], 8, **resources, lds_bytes=lds_bytes, wavefront=64, raw_descriptor=descriptor,
         listing=listing,
     )  # fmt: skip
+
+
+# Every item tells the LDS its number, and writes what an item of another wave told.
+EXCHANGE = """
+s_load_dwordx2 s[4:5], s[0:1], 0x0
+v_lshlrev_b32_e32 v1, 2, v0
+ds_write_b32 v1, v0
+s_barrier
+v_xor_b32_e32 v2, 0x100, v1
+ds_read_b32 v3, v2
+global_store_dword v1, v3, s[4:5]
+s_endpgm
+"""
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_waves_meet_only_at_barriers(barrier: bool) -> None:
+    """Without one, only the later of two waves finds what the other wrote."""
+    text = EXCHANGE if barrier else EXCHANGE.replace("s_barrier", "s_nop 0")
+    later = set()
+    for seed in range(16):
+        words = np.zeros(256, U32)
+        memory, kernarg = Memory([], [(words.ctypes.data, words.nbytes)]), struct.pack("<Q", words.ctypes.data)
+        rng = np.random.default_rng(seed)
+        dispatch(handmade(text, lds_bytes=1024), (1, 1, 1), (256, 1, 1), kernarg, memory, rng)
+        right = (words == np.arange(256) ^ 64).reshape(4, 64)
+        assert barrier == right.all() and (right.all(axis=1) == right.any(axis=1)).all()
+        assert (right[[0, 2]].any(axis=1) | right[[1, 3]].any(axis=1)).all()
+        later.add(tuple(right[:, 0].tolist()))
+    assert barrier or len(later) == 4
+
+
+def test_arguments_in_registers() -> None:
+    """Firmware that preloads them skips 256 bytes, other firmware does not: a launch meets either."""
+    loads = ["s_load_dwordx2 s[2:3], s[0:1], 0x0", "v_mov_b32_e32 v1, 1", "global_store_dword v1, v1, s[2:3] offset:7"]
+    lines = [*loads, *["s_nop 0"] * 61, "v_mov_b32_e32 v1, 0", "v_mov_b32_e32 v2, s4"]
+    kernel = handmade("\n".join([*lines, "global_store_dword v1, v2, s[2:3]", "s_endpgm"]), preload=2)
+    found = set()
+    for seed in range(16):
+        words = np.full(4, 9, U32)
+        memory, kernarg = Memory([], [(words.ctypes.data, words.nbytes)]), struct.pack("<Q", words.ctypes.data)
+        dispatch(kernel, (1, 1, 1), (1, 1, 1), kernarg, memory, np.random.default_rng(seed))
+        found.add(tuple(words.tolist()))
+    assert found == {(0, 9, 1, 9), (0, 9, 9, 9)}
 
 
 @pytest.mark.parametrize("blocks", [2, 128, 1024])
@@ -1580,6 +1688,11 @@ v_or_b32_sdwa v0, v4, v8 dst_sel:NIBBLE_1 dst_unused:UNUSED_PAD src0_sel:DWORD s
 v_mul_f32_e64 v0, v4, v8 mul:2
 global_load_dword v0, v[2:3], off frobnicate
 global_load_nibble v0, v[2:3], off
+buffer_load_dword v0, v2, s[4:7], 0 idxen
+buffer_load_dword v0, v2, s[4:7], 0 offen lds
+buffer_load_dword v0, off, s[4:7], 0 offen
+buffer_load_dword v0, v2, s[4:7], 0
+buffer_load_dword v0, v2, s[4:5], 0 offen
 s_waitcnt frobnicate(0)
 s_setreg_frobnicate_b32 hwreg(HW_REG_MODE, 0, 4), s4
 """.strip().splitlines()

@@ -615,7 +615,7 @@ def test_dynamic_rows(program: Program, device: str) -> None:
 @pytest.mark.parametrize("program", SOME, ids=str)
 def test_functionalisation_v1(program: Program, device: str) -> None:
     make = functools.partial(program.inputs, device)
-    off = execute(program, make, v2=False)
+    off = execute(program, make, backend="eager")
     on = execute(program, make, v2=False, fuse={})
     assert_same(off, on)
     check_fused(program, on)
@@ -1102,9 +1102,9 @@ def test_fused_all_the_same(name: str, device: str) -> None:
     make = functools.partial(Inputs, device, **fields)
     notes: list[list[int]] = []
     outcomes = []
-    for options in (None, {}):
+    for backend, options in (("eager", None), ("graph", {})):
         engine_ops.NOTES.clear()
-        outcomes.append(execute(fn, make, fuse=options))
+        outcomes.append(execute(fn, make, fuse=options, backend=backend))
         notes.append(list(engine_ops.NOTES))
     off, on = outcomes
     assert_same(off, on)
@@ -1243,9 +1243,8 @@ def heads_with_an_offset(t: Tensors) -> list[Tensor]:
 def one_key_for_two_layers(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
     ours(t, q, k_pe)
-    torch.ops.latentkv.layer_write_cache(kv_c, k_pe, LAYERS[0])
-    done = torch.ops.latentkv.layer_write_cache(kv_c, k_pe, LAYERS[1])
-    return list(torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, done, None, NAMES[0]))
+    done = [torch.ops.latentkv.layer_write_cache(kv_c, k_pe, layer) for layer in LAYERS[:2]]
+    return list(torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, torch.cat(done), None, NAMES[0]))
 
 
 @tricky(fused=1, layers=2)
@@ -1682,7 +1681,7 @@ def test_the_bits_stay(name: str, device: str) -> None:
         inputs.t["kv_c_in"], inputs.t["k_pe_in"] = inputs.t["kv_in"].split([inputs.dims.latent, inputs.dims.r], -1)
         return inputs
 
-    off, on = execute(fn, make), execute(fn, make, fuse={})
+    off, on = execute(fn, make, backend="eager"), execute(fn, make, fuse={})
     assert_same(off, on)
     if fused is not None:
         assert len(on.report.fused) == fused, on.report

@@ -10,12 +10,13 @@ import torch
 from conftest import AMD, TARGETS
 from latentkv import providers
 from latentkv.layouts import FORMATS, CacheLayout
-from latentkv.ops import OP_NAMES
+from latentkv.ops import NATIVE_OP_NAMES
 from latentkv.providers import Provider
 from latentkv.testing import Case, Problem, for_layout, matrix
 from latentkv.testing.matrix import ACTIVATIONS, formats_for
 
 CASES = list(matrix())
+READING = ("gather_cache", "convert_cache_")
 PLAIN_FP8 = [name for name, f in FORMATS.items() if f.quantised]
 
 
@@ -50,7 +51,7 @@ def test_emulated_amd_devices_take_part() -> None:
 def test_backends(mla_layouts: list[CacheLayout], device: str, provider: Provider) -> None:
     """Every layout that an attention backend reads."""
     cases = [case for layout in mla_layouts for case in for_layout(layout)]
-    assert {case.layout for case in cases} == set(mla_layouts)
+    assert {lay for case in cases for lay in (case.layout, case.to)} >= set(mla_layouts)
     assert [d for case in cases for d in differences(case, device, provider)] == []
 
 
@@ -61,7 +62,8 @@ def test_a_problem_is_equal_for_equal_seeds(device: str) -> None:
     for case in CASES[::97]:
         one, same, other = Problem(case, "cpu"), Problem(case, device), Problem(case, "cpu", seed=1)
         assert one.differences(same) == []
-        assert torch.equal(one.slots, same.slots.cpu())
+        if case.op not in READING:
+            assert torch.equal(one.slots, same.slots.cpu())
         assert one.differences(other) != []
 
 
@@ -71,6 +73,10 @@ def test_a_problem_runs(device: str) -> None:
         before, after = Problem(case, device), Problem(case, device)
         after.run(providers.native)
         changed = {d.partition(":")[0] for d in after.differences(before)}
+        if case.op in READING:
+            wanted = {"out"} if case.op == "gather_cache" else {name for name in after.buffers if name.startswith("to")}
+            assert changed == wanted, f"{case}: wrote {changed}"
+            continue
         if case.op == "decode_prologue":
             kv_c = {"none": set(), "apart": {"kv_c_out"}, "in-place": {"kv_c", "kv"}}[case.normalised]
             may = {"q_out", "q_rope_out", "cache0", "cache1"} | kv_c
@@ -102,7 +108,7 @@ def meet_in_pairs(cases: list[Case], *axes: str) -> None:
 
 def test_the_matrix_meets_every_choice() -> None:
     assert len({str(c) for c in CASES}) == len(CASES)
-    assert {c.op for c in CASES} == set(OP_NAMES)
+    assert {c.op for c in CASES} == set(NATIVE_OP_NAMES)
     pairs = {(a, f) for a in ACTIVATIONS for f in formats_for(a)}
     for op in ("write_cache_", "rope_write_cache_", "decode_prologue", "write_cache_grouped_"):
         assert met([c for c in CASES if c.op == op], "activation", "format") == pairs, op
@@ -159,6 +165,41 @@ def test_the_other_ops_meet_every_choice() -> None:
         "block_size",
     )  # fmt: skip
     meet_in_pairs([c for c in indexer if c.rope != "none"], "rope", "rope_dim", "strides", "power_of_two")
+
+
+def test_the_reading_ops_meet_every_choice() -> None:
+    gathers = [c for c in CASES if c.op == "gather_cache"]
+    axes = ("activation", "strides", "rows", "index", "tokens", "as_bytes", "pages", "scale", "outputs", "starts")
+    meet_in_pairs(gathers, "format", "activation")
+    meet_in_pairs(gathers, "placement", *axes)
+    assert {f for (f,) in met(gathers, "format")} == set(FORMATS)
+    conversions = [c for c in CASES if c.op == "convert_cache_"]
+    pairs = {(c.layout.format, c.to.format) for c in conversions}
+    packed = [f for f in FORMATS if FORMATS[f].packed]
+    assert pairs == {(f, g) for f in FORMATS for g in FORMATS if f == g or not {f, g} <= set(packed)}
+    meet_in_pairs(
+        conversions, "placement", "strides", "index", "tokens", "sequences", "as_bytes", "pages", "scale", "to_bytes",
+        "to_pages", "to_scale", "blocks",
+    )  # fmt: skip
+    assert {(c.layout.placement, c.to.placement) for c in conversions} == set(
+        itertools.product(("concat", "split"), repeat=2)
+    )
+    for same in (True, False):  # one fp8 kind on both sides, with one scale and with two
+        assert {c.layout.format for c in conversions if (c.scale == c.to_scale) == same} >= set(PLAIN_FP8)
+    long = [c for c in gathers + conversions if c.layout.kv_lora_rank > 1024 and c.layout.rope_dim > 256]
+    assert {c.op for c in long} == set(READING)
+
+
+def test_sequences_of_every_length() -> None:
+    """Also none; and the table has a number where a row needs one, and nowhere else."""
+    for case in [c for c in CASES if c.op == "gather_cache" and c.sequences > 2]:
+        p = Problem(case, "cpu")
+        assert p.cu_seq_lens.diff().eq(0).any() and p.cu_seq_lens[-1] == case.tokens
+        used = (p.block_table >= 0) & (p.block_table < p.cache.num_blocks)
+        starts = torch.zeros(case.sequences).long() if p.seq_starts is None else p.seq_starts
+        for own, start, length in zip(used, starts.tolist(), p.cu_seq_lens.diff().tolist(), strict=True):
+            first, last = start // case.layout.block_size, (start + length - 1) // case.layout.block_size
+            assert own.nonzero().flatten().tolist() == (list(range(first, last + 1)) if length else [])
 
 
 def test_layers_differ() -> None:

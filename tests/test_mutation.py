@@ -175,7 +175,7 @@ def mutated(fault: Fault, folder: Path) -> None:
     assert count == 1, f"{fault}: {fault.pattern!r} fits {count} times in {fault.file}: adapt it to the source"
     file.write_text(text)
     # As one source, so that torch's headers are read once.
-    listed = re.compile(r"set\(LATENTKV_SOURCES (.*)\)")
+    listed = re.compile(r"set\(LATENTKV_SOURCES ([^)]*)\)")
     lists = folder / "CMakeLists.txt"
     (sources,) = listed.findall(lists.read_text())
     lists.write_text(listed.sub(f"set(LATENTKV_SOURCES {ALL})", lists.read_text()))
@@ -196,7 +196,8 @@ def built(folder: Path, namespace: str) -> Provider:
     KEPT.extend([ops._define(namespace), loaded])
     loaded.latentkv_register.argtypes = [ctypes.c_char_p]
     loaded.latentkv_register(namespace.encode())
-    return Provider(namespace, {name: getattr(getattr(torch.ops, namespace), name).default for name in ops.OP_NAMES})
+    found = getattr(torch.ops, namespace)
+    return Provider(namespace, {name: getattr(found, name).default for name in ops.NATIVE_OP_NAMES})
 
 
 def cross_built(folder: Path) -> Path:

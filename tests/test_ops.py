@@ -17,7 +17,7 @@ from conftest import Python
 from latentkv import CacheLayout, MLACache, providers
 from latentkv.compat import vllm
 from latentkv.layouts import FORMATS
-from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE, OP_NAMES
+from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
 from latentkv.testing import Case, Problem, assert_same_bytes
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -30,6 +30,9 @@ MUTATED = {
     "decode_prologue": ["cache", "rope_cache", "q_out", "q_rope_out", "kv_c_out"],
     "write_cache_grouped_": ["caches", "rope_caches"],
     "write_indexer_cache_": ["cache"],
+    "gather_cache": ["out"],
+    "convert_cache_": ["dst", "dst_rope"],
+    "mla_decode": [],
 }
 
 
@@ -42,6 +45,10 @@ def problem(op: str, device: str, strides: str = "contiguous", format: str = "bf
         fields = {"layers": 3} | fields
     elif op == "decode_prologue":
         fields = {"outputs": strides, "norm": "fp32", "normalised": "apart"} | fields
+    elif op == "gather_cache":
+        fields = {"outputs": strides, "starts": True} | fields
+    elif op == "convert_cache_":
+        fields = {"to": CacheLayout(32, 32, 3, "fp8_e4m3fn", "split"), "to_bytes": True} | fields
     return Problem(Case(op, layout, strides=strides, as_bytes=True, **fields), device)  # type: ignore[arg-type]
 
 
@@ -57,6 +64,11 @@ def arguments(p: Problem, inverse: bool = False) -> tuple[Any, ...]:
         ropes = [cache.rope_data for cache in caches if cache.rope_data is not None]
         return (kv_c, k_pe, p.slots, [c.data for c in caches], ropes, [c.scale for c in caches], p.case.layout.format)
     cache = (p.cache.data, p.cache.rope_data, p.cache.scale, p.case.layout.format)
+    if p.case.op == "gather_cache":
+        return (*cache, p.block_table, p.cu_seq_lens, p.out, p.case.layout.kv_lora_rank, p.seq_starts)
+    if p.case.op == "convert_cache_":
+        dims = (p.case.layout.kv_lora_rank, p.case.layout.rope_dim)
+        return (*cache, *p.to_cache.op_arguments, *dims, p.src_blocks, p.dst_blocks)
     if p.case.op == "write_cache_":
         return (p.kv_c, p.k_pe, p.slots, *cache)
     if p.case.op == "rope_write_cache_":
@@ -77,25 +89,25 @@ def op_of(name: str, namespace: str = NAMESPACE) -> Any:
 # ----------------------------------------------------------------------------------------------------- schemas
 
 
-@pytest.mark.parametrize("namespace", [NAMESPACE, NATIVE_NAMESPACE])
 @pytest.mark.parametrize("op", OP_NAMES)
-def test_schema_declares_what_is_mutated(op: str, namespace: str) -> None:
-    schema = op_of(op, namespace)._schema
-    assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == MUTATED[op]
-    assert schema.is_mutable and not schema.returns
-    assert "mode" not in {a.name for a in schema.arguments}  # it breaks auto-functionalisation
-    assert torch.Tag.pt2_compliant_tag in op_of(op, namespace).tags
+def test_schema_declares_what_is_mutated(op: str) -> None:
+    for namespace in (NAMESPACE, NATIVE_NAMESPACE) if op in NATIVE_OP_NAMES else (NAMESPACE,):
+        schema = op_of(op, namespace)._schema
+        assert [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write] == MUTATED[op]
+        assert schema.is_mutable == bool(MUTATED[op]) and len(schema.returns) == (2 if op == "mla_decode" else 0)
+        assert "mode" not in {a.name for a in schema.arguments}  # it breaks auto-functionalisation
+        assert torch.Tag.pt2_compliant_tag in op_of(op, namespace).tags
 
 
 def test_the_namespace_holds_the_public_ops() -> None:
     for op in OP_NAMES:
         assert callable(getattr(latentkv, op)) and op in latentkv.__all__
-        for name in ("native", "reference", "public"):
+        for name in ("native", "triton", "reference", "public"):
             assert callable(getattr(getattr(providers, name), op))
 
 
 @pytest.mark.parametrize("strides", ["contiguous", "sliced", "transposed", "unaligned"])
-@pytest.mark.parametrize("op", OP_NAMES)
+@pytest.mark.parametrize("op", NATIVE_OP_NAMES)
 def test_opcheck(op: str, strides: str, device: str) -> None:
     """Schema, fake, autograd registration and AOT dispatch with dynamic shapes."""
     for namespace in (NAMESPACE, NATIVE_NAMESPACE):
@@ -152,7 +164,7 @@ def test_opcheck_of_rope_without_a_key(device: str) -> None:
 
 def test_ops_are_in_place(device: str) -> None:
     """Neither returned nor copied: the caller's memory changes."""
-    for op in OP_NAMES:
+    for op in NATIVE_OP_NAMES:
         p = problem(op, device, "sliced")
         before = copy.deepcopy(p.buffers)
         pointers = {name: b.data_ptr() for name, b in p.buffers.items()}
@@ -162,7 +174,7 @@ def test_ops_are_in_place(device: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eager", "compiled", "meta", "fake"])
-@pytest.mark.parametrize("op", OP_NAMES)
+@pytest.mark.parametrize("op", NATIVE_OP_NAMES)
 def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
     """By the schema's names, in any order, after any number of positional arguments."""
     names = [a.name for a in op_of(op)._schema.arguments]
@@ -187,13 +199,13 @@ def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
 
 
 def test_meta_tensors_do_nothing() -> None:
-    for op in OP_NAMES:
+    for op in NATIVE_OP_NAMES:
         op_of(op)(*on_meta(arguments(problem(op, "cpu"))))
 
 
 def test_fakes_want_one_device() -> None:
     """Of lists too: a tensor elsewhere, and a list's last one."""
-    for op in OP_NAMES:
+    for op in NATIVE_OP_NAMES:
         real = list(arguments(problem(op, "cpu")))
         for i, value in enumerate(real):
             if not isinstance(value, Tensor | list) or not len(value):
@@ -478,7 +490,29 @@ def test_native_on_request(python: Python) -> None:
 def test_unknown_provider(python: Python) -> None:
     done = python("import latentkv", LATENTKV_PROVIDER="bogus")
     assert done.returncode != 0
-    assert "ValueError: LATENTKV_PROVIDER: expected native or reference, got 'bogus'" in done.stderr
+    assert "ValueError: LATENTKV_PROVIDER: expected native, triton or reference, got 'bogus'" in done.stderr
+
+
+def test_triton_on_request(python: Python) -> None:
+    """On a CPU only where it interprets: what it cannot serve there is nobody's."""
+    if not torch.cuda.is_available():
+        done = python("import latentkv", LATENTKV_PROVIDER="triton")
+        assert done.returncode != 0 and "ImportError: LATENTKV_PROVIDER=triton, but it can run nowhere" in done.stderr
+        assert "on a CPU they need TRITON_INTERPRET=1, which is slow" in done.stderr
+    done = python(RUN, LATENTKV_PROVIDER="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'cpu': 'triton'")
+    assert "csrc_common" not in kernels(python, LATENTKV_PROVIDER="triton", TRITON_INTERPRET="1")
+
+
+def test_an_op_that_native_lacks(device: str) -> None:
+    cache = CacheLayout(32, 16, 4).allocate(2, device)
+    q, table, lengths = torch.zeros(1, 2, 48, dtype=torch.bfloat16, device=device), *torch.zeros(2, 1, 1).long()
+    with pytest.raises(RuntimeError, match=r"latentkv.mla_decode: provider: expected triton or reference, got native"):
+        providers.native.mla_decode(q, cache, table.to(device), lengths[0].to(device), sm_scale=1.0)
+    assert not providers.native.has("mla_decode") and providers.reference.has("mla_decode")
+    out, lse = latentkv.mla_decode(q, cache, table.view(1, 1).to(device), lengths.view(1).to(device), sm_scale=1.0)
+    assert out.shape == (1, 2, 32) and out.eq(0).all() and lse.eq(-torch.inf).all()
 
 
 @pytest.fixture
@@ -488,16 +522,22 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_libraries_the_reference_serves(bare: Path, python: Python) -> None:
-    done = python(RUN.replace('warnings.simplefilter("error")', "pass"), bare)
+@pytest.mark.parametrize("triton", [True, False])
+def test_without_libraries(bare: Path, python: Python, triton: bool) -> None:
+    """Triton serves a GPU's torch where the package is there; else the reference does, and says that it is slow."""
+    hide = (
+        "import importlib.util as u; f = u.find_spec\nu.find_spec = lambda n, *a: f(n, *a) if n != 'triton' else None\n"
+    )
+    done = python(("" if triton else hide) + RUN.replace('warnings.simplefilter("error")', "pass"), bare)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("{'cpu': 'reference', 'cuda': 'reference'}")
+    gpu = "triton" if triton and (torch.version.hip or torch.version.cuda) else "reference"
+    assert done.stdout.startswith(f"{{'cpu': 'reference', 'cuda': '{gpu}'}}")
     assert "'cpu': 'the library _cpu was not built'" in done.stdout
     missing = "_hip" if torch.version.hip else "_cuda" if torch.version.cuda else None
     no_cuda = f"the library {missing} was not built" if missing else "this torch is built without CUDA or ROCm"
     assert f"'cuda': '{no_cuda}'" in done.stdout
     slow = f"RuntimeWarning: latentkv runs its slow reference on the GPU: {no_cuda}"
-    assert (slow in done.stderr) == torch.cuda.is_available()
+    assert (slow in done.stderr) == (torch.cuda.is_available() and gpu == "reference")
 
 
 @pytest.mark.skipif(amd.problem() is not None, reason=f"no HIP library: {amd.problem()}")
@@ -517,7 +557,7 @@ def test_a_rocm_torch_loads_the_hip_library(python: Python, tmp_path: Path) -> N
 def test_without_libraries_native_cannot_be_had(bare: Path, python: Python) -> None:
     done = python("import latentkv", bare, LATENTKV_PROVIDER="native")
     assert done.returncode != 0
-    assert "ImportError: LATENTKV_PROVIDER=native, but no native library loads" in done.stderr
+    assert "ImportError: LATENTKV_PROVIDER=native, but it can run nowhere" in done.stderr
     assert "the library _cpu was not built" in done.stderr
 
 
@@ -530,16 +570,14 @@ def test_a_library_that_does_not_load(bare: Path, python: Python) -> None:
 
 def test_served_by(device: str) -> None:
     """In this process: and the provider named is the one that runs."""
-    assert providers.served_by[device] in ("native", "reference")
-    for op in OP_NAMES:
+    assert providers.served_by[device] in ("native", "triton", "reference")
+    for op in NATIVE_OP_NAMES:
         p, want = problem(op, device, "unaligned"), problem(op, device, "unaligned")
         p.run(providers.public)
         want.run(getattr(providers, providers.served_by[device]))
         assert p.differences(want) == []
-    assert [repr(p) for p in (providers.native, providers.reference)] == [
-        "<latentkv provider native>",
-        "<latentkv provider reference>",
-    ]
+    for name in ("native", "triton", "reference"):
+        assert repr(getattr(providers, name)) == f"<latentkv provider {name}>"
 
 
 def test_vllm_rotary_of_an_empty_batch(device: str) -> None:

@@ -7,7 +7,7 @@ the rules for single tensors; the functions below it are what the ops ask for.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -497,3 +497,80 @@ def outside(
             row = int(bad_positions.nonzero()[0])
             args.fail("positions", f"values in 0 .. {table.shape[0] - 1}", f"{int(positions[row])} at row {row}")
     return bad_slots | bad_positions
+
+
+def gather_slots(
+    args: Arguments,
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    out: Tensor,
+    seq_starts: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The rows of ``out`` that gather_cache writes and the slot of each, -1 for a row without a block; or it raises."""
+    if checks_values(cache.device):
+        lengths = cu_seq_lens.diff()
+        if cu_seq_lens[0] != 0 or (lengths < 0).any():
+            args.fail("cu_seq_lens", "rising numbers from 0 on", cu_seq_lens.tolist())
+        if cu_seq_lens[-1] > len(out):
+            args.fail("out", f"at least {int(cu_seq_lens[-1])} rows, as cu_seq_lens ends there", len(out))
+    rows = torch.arange(len(out), device=out.device)
+    sequence = torch.searchsorted(cu_seq_lens[1:].contiguous().long(), rows, right=True)
+    rows, sequence = (x[sequence < len(block_table)] for x in (rows, sequence))
+    token = rows - cu_seq_lens[sequence] + (0 if seq_starts is None else seq_starts[sequence])
+    return rows, _slots_of(args, "block_table", block_table, sequence, token, cache, missing=True)
+
+
+def convert_slots(
+    args: Arguments, src: Tensor, dst: Tensor, src_blocks: Tensor | None, dst_blocks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The slots in src and dst of every token of convert_cache_, -1 where there is none; or it raises."""
+    runs, count = block_counts(src, src_blocks)
+    tokens = min(count * src.shape[-2], block_counts(dst, dst_blocks)[1] * dst.shape[-2])
+    run = torch.arange(runs, device=src.device).repeat_interleave(tokens)
+    token = torch.arange(tokens, device=src.device).repeat(runs)
+    slots, dst_slots = (
+        _slots_of(args, name, _blocks(cache, blocks), run, token, cache, missing=False)
+        for name, cache, blocks in (("src_blocks", src, src_blocks), ("dst_blocks", dst, dst_blocks))
+    )
+    return slots, dst_slots
+
+
+def decode_slots(args: Arguments, cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> Iterator[Tensor]:
+    """For each sequence of mla_decode the slots of its tokens, -1 where there is none; or it raises."""
+    for i, length in enumerate(seq_lens.tolist()):
+        token = torch.arange(max(length, 0), device=cache.device)
+        yield _slots_of(args, "block_table", block_table, torch.full_like(token, i), token, cache, missing=True)
+
+
+def _blocks(cache: Tensor, blocks: Tensor | None) -> Tensor:
+    """The block numbers [S, n] that convert_cache_ goes through on one side."""
+    if blocks is None:
+        return torch.arange(cache.shape[0], device=cache.device)[None]
+    return blocks[None] if blocks.dim() == 1 else blocks
+
+
+def _slots_of(
+    args: Arguments, name: str, blocks: Tensor, sequence: Tensor, token: Tensor, cache: Tensor, missing: bool
+) -> Tensor:
+    """The slots of some sequences' tokens, by their blocks [S, n]; -1 where there is none, or it raises.
+
+    ``missing``: a negative block number is a fault, too.
+    """
+    count, size = cache.shape[0], max(cache.shape[-2], 1)
+    column = token // size
+    inside = (token >= 0) & (column < blocks.shape[1])
+    if not blocks.shape[1]:
+        return torch.full_like(token, -1)
+    number = blocks[sequence, column.clamp(0, blocks.shape[1] - 1)].long()
+    bad = inside & ((number >= count) | (missing & (number < 0)))
+    if checks_values(cache.device):
+        if missing and not inside.all():
+            row = int((~inside).nonzero()[0])
+            expected = f"blocks for token {int(token[row])} of sequence {int(sequence[row])}, {size} tokens each"
+            args.fail(name, expected, f"{blocks.shape[1]} blocks")
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            at = f"{int(number[row])} at [{int(sequence[row])}, {int(column[row])}]"
+            args.fail(name, f"block numbers in 0 .. {count - 1}", at)
+    return torch.where(inside & (number >= 0) & (number < count), number * size + token % size, -1)

@@ -23,10 +23,14 @@ from rich.table import Table
 from . import __version__, providers, select_backend
 from .backends import BACKENDS, Selection
 from .bench import (
+    CONVERT,
+    DECODE,
     FUSED,
+    GATHER,
     INDEXER,
     PROLOGUE,
     QUERYLESS,
+    READS,
     VARIANTS,
     VLLM,
     Bench,
@@ -65,8 +69,9 @@ T = TypeVar("T")
 PEERS = (VLLM.name, FlashInfer.name)
 
 OpName = Literal[
-    "rope_", "write_cache_", "rope_write_cache_", "decode_prologue", "write_cache_grouped_", "write_indexer_cache_"
-]
+    "rope_", "write_cache_", "rope_write_cache_", "decode_prologue", "write_cache_grouped_", "write_indexer_cache_",
+    "gather_cache", "convert_cache_", "mla_decode",
+]  # fmt: skip
 DeviceOption = Annotated[
     Literal["cpu", "cuda"] | None,
     typer.Option("--device", help="cuda is a GPU of either vendor, and preferred."),
@@ -101,11 +106,11 @@ def _option(name: str) -> Iterator[None]:
 
 
 def _device(name: str | None, timed: bool = False) -> torch.device:
-    """The device to run on. One to be timed has native kernels, unless it is the CPU."""
+    """The device to run on. One to be timed has kernels, unless it is the CPU."""
     why_not = "" if torch.cuda.is_available() else "torch finds no GPU here"
-    if timed and not why_not and providers.served_by["cuda"] != "native":
+    if timed and not why_not and providers.served_by["cuda"] == "reference":
         cause = providers.library_errors.get("cuda", "LATENTKV_PROVIDER")
-        why_not = f"the GPU has no native kernels ({cause})"
+        why_not = f"the GPU has no kernels ({cause})"
     if name == "cuda" and why_not:
         raise typer.BadParameter(f"expected cpu, as {why_not}, got cuda", param_hint="--device")
     return torch.device(name or ("cpu" if why_not else "cuda"))
@@ -278,8 +283,10 @@ def _run_steps(
 def verify(
     device: DeviceOption = None,
     provider: Annotated[
-        Literal["native", "reference"] | None,
-        typer.Option(help="Whose ops to check; by default whose serve the device."),
+        Literal["native", "triton", "reference"] | None,
+        typer.Option(
+            help="Whose ops to check; by default whose serve the device. Triton compiles for most cases."
+        ),
     ] = None,
     op: Annotated[OpName | None, typer.Option(help="Only this op.")] = None,
     format: Annotated[str | None, typer.Option(help="Only caches of this format.")] = None,
@@ -291,8 +298,13 @@ def verify(
     """
     on = _device(device)
     name = provider or providers.served_by[on.type]
-    if name == "native" and (why := providers.library_errors.get(on.type)):
-        raise typer.BadParameter(f"expected reference, as {why}, got native", param_hint="--provider")
+    problems = {"native": providers.library_errors.get(on.type), "triton": providers.triton_problem(on.type)}
+    if why := problems.get(name):
+        raise typer.BadParameter(f"expected reference, as {why}, got {name}", param_hint="--provider")
+    if op == DECODE:
+        raise typer.BadParameter(
+            f"expected another op, as attention is not compared by its bytes, got {op}", param_hint="--op"
+        )
     with _option("--format"):
         wanted = resolve_format(format, _platform(on)) if format else None
     cases = [c for c in _cases() if op in (None, c.op) and wanted in (None, c.layout.format)]
@@ -352,7 +364,10 @@ def bench(
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Tokens, separated by commas; by default 1,8,32,128,512,2048,8192, on a CPU 1,32,1024."),
+        typer.Option(
+            help="Tokens, separated by commas; by default 1,8,32,128,512,2048,8192, on a CPU 1,32,1024; "
+            "for gather_cache and convert_cache_ on a GPU 128,512,2048,8192,32768,131072."
+        ),
     ] = None,
     formats: Annotated[
         str | None, typer.Option(help="Row formats, separated by commas; by default bf16,fp8 and what the op is for.")
@@ -390,7 +405,10 @@ def bench(
     an empty kernel. Caches hold whole rows (concat) in blocks of 64; q_pe is a strided view into the query
     heads; the cos/sin table has the activations' dtype. For decode_prologue q_nope is the transposed view of
     a product [H, T, L], kv_c a slice of its projection, the table fp32, and the query fp8 where the rows are;
-    it is timed with and without RMSNorm. Four layers make a group.
+    it is timed with and without RMSNorm. Four layers make a group. gather_cache reads up to eight sequences of
+    about equal lengths, their blocks in any order, into 16 bits; convert_cache_ whole blocks in any order, between
+    pairs of layouts of its own. On a GPU the Triton kernels are timed beside the native ones. mla_decode is timed
+    by benchmarks/readers.py, beside the attention kernels that it compares to.
 
     The exit status is 1 if one of our bytes differs from the reference's.
     """
@@ -404,15 +422,18 @@ def bench(
         on = _device(device, timed=True)
         with _option("--model"):
             chosen = model_named(model)
+        if op == DECODE:
+            raise typer.BadParameter(
+                f"expected another op, as benchmarks/readers.py times attention, got {op}", param_hint="--op"
+            )
         if op == "rope_" and chosen.rope is None:
             raise typer.BadParameter(
                 f"expected another op, as {chosen.name} has no rotation, got rope_", param_hint="--op"
             )
         usual_heads = "16" if on.type == "cpu" else "16,64,128" if op == PROLOGUE else "16,128"
         all_heads = [0] if op in QUERYLESS else _several(heads or usual_heads, "--heads", _count)
-        all_tokens = _several(
-            tokens or ("1,8,32,128,512,2048,8192" if on.type == "cuda" else "1,32,1024"), "--tokens", _count
-        )
+        usual_tokens = "128,512,2048,8192,32768,131072" if op in READS else "1,8,32,128,512,2048,8192"
+        all_tokens = _several(tokens or ("1,32,1024" if on.type == "cpu" else usual_tokens), "--tokens", _count)
         layouts = _layouts(formats, op, chosen, _platform(on))
         demanded = _several(peer, "--peer", _peer_name) if peer else []
         peers = _peers(on, vllm_library, demanded)
@@ -441,7 +462,7 @@ def bench(
 def _layouts(formats: str | None, op: str, model: Model, platform: Platform) -> list[CacheLayout]:
     """The layouts of the formats asked for; by default of those that ``op`` and the model's dimensions go with."""
     dims = (model.kv_lora_rank, model.rope_dim)
-    if op in ("rope_", INDEXER):  # the format plays no part
+    if op in ("rope_", INDEXER, CONVERT):  # the format plays no part
         return [CacheLayout(*dims, 64, "bf16")]
     if formats is None:
         packed = [f.name for f in FORMATS.values() if f.packed and f.packed.dims == dims and op != FUSED]
@@ -480,7 +501,7 @@ def _print_rows(rows: Sequence[Row]) -> None:
     for row in rows:
         groups.setdefault((row.timing == "host", row.heads, row.kind), []).append(row)
     for (is_host, heads, kind), group in groups.items():
-        written = "q_out" if group[0].op == PROLOGUE else "q, k"
+        written = {PROLOGUE: "q_out", GATHER: "rows"}.get(group[0].op, "q, k")
         columns: dict[str, list[float | None]] = {
             "us": [r.p50_us for r in group],
             "GB/s": [r.gb_s for r in group],

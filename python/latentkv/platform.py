@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -76,3 +78,49 @@ class Platform:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.arch}".strip()
+
+
+def installed_gpus() -> list[str]:
+    """The architectures of this machine's GPUs, ``["sm_90"]``, asked of the driver without starting CUDA or HIP.
+
+    A process that has started either must not fork, so this is what can be asked at import. Empty where there is no
+    driver to ask; GPUs hidden by environment variables count.
+    """
+    if torch.version.hip:
+        nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
+        found = [re.search(r"^gfx_target_version (\d+)$", node.read_text(), re.MULTILINE) for node in nodes]
+        versions = [int(match[1]) for match in found if match and int(match[1])]  # 90402: gfx942; a CPU has 0
+        return [f"gfx{v // 10000}{v // 100 % 100}{v % 100:x}" for v in versions]
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    count, gpus = ctypes.c_uint(), []
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    for i in range(count.value):
+        gpu, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(gpu)) == 0 and (
+            nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor)) == 0
+        ):
+            gpus.append(f"sm_{major.value}{minor.value}")
+    nvml.nvmlShutdown()
+    return gpus
+
+
+def has_code_for(architectures: str, gpu: str) -> bool:
+    """Whether a library compiled for some architectures, as CMake names them, runs on a GPU.
+
+    "80" is machine code and PTX, good for every later chip; "80-real" machine code alone, good for the later ones of
+    its generation; "90a" is for that chip alone; gfx names are exact.
+    """
+    for name in architectures.split():
+        match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name)
+        if match is None or not gpu.startswith("sm_"):
+            if name.partition(":")[0] == gpu:
+                return True
+            continue
+        own, chip = int(match[1]), int(gpu[3:])
+        if chip == own or (chip > own and not match[2] and (match[3] != "-real" or chip // 10 == own // 10)):
+            return True
+    return False

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import reference as _reference
 from .layouts import FORMATS, MLACache
 from .ops import LIBRARIES, NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
+from .platform import has_code_for, installed_gpus
 
 __all__ = [
     "Provider", "library_errors", "native", "public", "reference", "served_by", "set_overlap", "triton",
@@ -352,7 +353,7 @@ class Provider:
         packed format) are copied verbatim. All others become fp32 (fp8 times its scale, one rounding), and are then
         stored as :meth:`write_cache_` would: rounded to 16 bits, or convert(x / dst.scale) for fp8, or in tiles with
         scales of their own. fp8_e4m3fnuz and fp8_e4m3fn give one byte values that differ by a factor of two: with
-        ``dst.scale`` half of ``src.scale`` (or twice, the other way) bytes stay what they are, but for four:
+        ``dst.scale`` half of ``src.scale`` (or twice, the other way) bytes stay what they are, but for three each way:
         FNUZ's 0x7F and 0xFF (+-240) become 0x7E and 0xFE (the largest of FN), its NaN 0x80 becomes 0x7F; FN's -0 (0x80)
         becomes 0, and its NaNs 0x7F and 0xFF become 0x80.
 
@@ -419,6 +420,11 @@ def _load(name: str) -> ctypes.CDLL:
     if spec is None or spec.origin is None:
         raise OSError(f"the library _{name} was not built")
     library = ctypes.CDLL(spec.origin)
+    library.latentkv_architectures.restype = ctypes.c_char_p
+    architectures = library.latentkv_architectures().decode()
+    for gpu in installed_gpus() if architectures else ():
+        if not has_code_for(architectures, gpu):
+            raise OSError(f"the library _{name} was built for {architectures}, not for this machine's {gpu}")
     library.latentkv_register.argtypes = [ctypes.c_char_p]
     library.latentkv_register(NATIVE_NAMESPACE.encode())
     return library
@@ -509,7 +515,10 @@ served_by: dict[str, str] = _serve()  # device -> the provider of torch.ops.late
 
 
 def set_overlap(enabled: bool) -> None:
-    """Switches programmatic dependent launch (sm_90 and later; on by default) of the native CUDA kernels."""
+    """Switches programmatic dependent launch (sm_90 and later; on by default) of the native CUDA and Triton kernels."""
     library: Any = _libraries.get("cuda")
     if library is not None and not torch.version.hip:
         library.latentkv_set_overlap(ctypes.c_bool(enabled))
+    if triton_problem("cuda") is None:
+        launch: Any = importlib.import_module("latentkv.triton_kernels.launch")
+        launch.overlap = enabled

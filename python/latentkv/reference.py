@@ -16,7 +16,6 @@ from .checks import (
     INDEX_DIM,
     QUERY_FORMATS,
     Arguments,
-    block_counts,
     check_convert,
     check_decode,
     check_gather,
@@ -26,7 +25,9 @@ from .checks import (
     check_query,
     check_rope,
     check_update,
-    checks_values,
+    convert_slots,
+    decode_slots,
+    gather_slots,
     outside,
 )
 from .layouts import FORMATS, Format
@@ -258,17 +259,7 @@ def gather_cache(
     f = check_gather(
         args, cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank, seq_starts
     )  # fmt: skip
-    if checks_values(cache.device):
-        lengths = cu_seq_lens.diff()
-        if cu_seq_lens[0] != 0 or (lengths < 0).any():
-            args.fail("cu_seq_lens", "rising numbers from 0 on", cu_seq_lens.tolist())
-        if cu_seq_lens[-1] > len(out):
-            args.fail("out", f"at least {int(cu_seq_lens[-1])} rows, as cu_seq_lens ends there", len(out))
-    rows = torch.arange(len(out), device=out.device)
-    sequence = torch.searchsorted(cu_seq_lens[1:].contiguous().long(), rows, right=True)
-    rows, sequence = (x[sequence < len(block_table)] for x in (rows, sequence))
-    token = rows - cu_seq_lens[sequence] + (0 if seq_starts is None else seq_starts[sequence])
-    slots = _slots_of(args, "block_table", block_table, sequence, token, cache, missing=True)
+    rows, slots = gather_slots(args, cache, block_table, cu_seq_lens, out, seq_starts)
     out[rows[slots < 0]] = 0
     dims = (kv_lora_rank, out.shape[1] - kv_lora_rank)
     parts = _read(slots[slots >= 0], cache, rope_cache, scale, f, dims)
@@ -295,20 +286,13 @@ def convert_cache_(
         args, src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format, kv_lora_rank, rope_dim,
         src_blocks, dst_blocks,
     )  # fmt: skip
-    runs, count = block_counts(src, src_blocks)
-    tokens = min(count * src.shape[-2], block_counts(dst, dst_blocks)[1] * dst.shape[-2])
-    run = torch.arange(runs, device=src.device).repeat_interleave(tokens)
-    token = torch.arange(tokens, device=src.device).repeat(runs)
-    slots, dst_slots = (
-        _slots_of(args, name, _blocks(cache, blocks), run, token, cache, missing=False)
-        for name, cache, blocks in (("src_blocks", src, src_blocks), ("dst_blocks", dst, dst_blocks))
-    )
+    slots, dst_slots = convert_slots(args, src, dst, src_blocks, dst_blocks)
     alive = (slots >= 0) & (dst_slots >= 0)
     slots, dst_slots, dims = slots[alive], dst_slots[alive], (kv_lora_rank, rope_dim)
     one = torch.ones((1,), device=src.device)
     same_scale = torch.equal(*(one if s is None else s.reshape(1) for s in (src_scale, dst_scale)))
     if f == g and (same_scale or not f.quantised):
-        _put(dst_slots, _take(slots, _parts(src, src_rope, f, *dims)), _parts(dst, dst_rope, f, *dims))
+        _put(dst_slots, _take(slots, parts_of(src, src_rope, f, *dims)), parts_of(dst, dst_rope, f, *dims))
         return
     latent, rope = _read(slots, src, src_rope, src_scale, f, dims)
     if g.activation is not None:
@@ -332,21 +316,12 @@ def mla_decode(
     f = check_decode(args, q, cache, rope_cache, scale, format, block_table, seq_lens, kv_lora_rank)
     dims = (kv_lora_rank, q.shape[2] - kv_lora_rank)
     out, lse = torch.empty_like(q[..., :kv_lora_rank]), q.new_empty(q.shape[:2], dtype=torch.float32)
-    for i, length in enumerate(seq_lens.tolist()):
-        token = torch.arange(max(length, 0), device=q.device)
-        slots = _slots_of(args, "block_table", block_table, torch.full_like(token, i), token, cache, missing=True)
+    for i, slots in enumerate(decode_slots(args, cache, block_table, seq_lens)):
         latent, rope = (x.double() for x in _read(slots[slots >= 0], cache, rope_cache, scale, f, dims))
         scores = q[i].double() @ torch.cat([latent, rope], 1).T * sm_scale
         lse[i] = scores.logsumexp(1)
         out[i] = scores.softmax(1) @ latent
     return out, lse
-
-
-def _blocks(cache: Tensor, blocks: Tensor | None) -> Tensor:
-    """The block numbers [S, n] that convert_cache_ goes through on one side."""
-    if blocks is None:
-        return torch.arange(cache.shape[0], device=cache.device)[None]
-    return blocks[None] if blocks.dim() == 1 else blocks
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
@@ -421,10 +396,10 @@ def _store(
         row: tuple[Tensor, ...] = (codes, rope.contiguous().view(torch.uint8), scales)
     else:
         row = (encode(latent, f.name, scale), encode(rope, f.name, scale))
-    _put(slots, row, _parts(cache, rope_cache, f, latent.shape[1], rope.shape[1]))
+    _put(slots, row, parts_of(cache, rope_cache, f, latent.shape[1], rope.shape[1]))
 
 
-def _parts(cache: Tensor, rope_cache: Tensor | None, f: Format, latent_dim: int, rope_dim: int) -> tuple[Tensor, ...]:
+def parts_of(cache: Tensor, rope_cache: Tensor | None, f: Format, latent_dim: int, rope_dim: int) -> tuple[Tensor, ...]:
     """Where latent, rope and a packed format's scales lie: views [B, bs, .] of elements; bytes for fp8 and packed."""
     if f.packed and f.packed.block_multiple is not None:
         rows, scales = _run(cache, latent_dim + 2 * rope_dim, f.packed.row_bytes - latent_dim - 2 * rope_dim)
@@ -466,37 +441,11 @@ def _take(slots: Tensor, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _slots_of(
-    args: Arguments, name: str, blocks: Tensor, sequence: Tensor, token: Tensor, cache: Tensor, missing: bool
-) -> Tensor:
-    """The slots of some sequences' tokens, by their blocks [S, n]; -1 where there is none, or it raises.
-
-    ``missing``: a negative block number is a fault, too.
-    """
-    count, size = cache.shape[0], max(cache.shape[-2], 1)
-    column = token // size
-    inside = (token >= 0) & (column < blocks.shape[1])
-    if not blocks.shape[1]:
-        return torch.full_like(token, -1)
-    number = blocks[sequence, column.clamp(0, blocks.shape[1] - 1)].long()
-    bad = inside & ((number >= count) | (missing & (number < 0)))
-    if checks_values(cache.device):
-        if missing and not inside.all():
-            row = int((~inside).nonzero()[0])
-            expected = f"blocks for token {int(token[row])} of sequence {int(sequence[row])}, {size} tokens each"
-            args.fail(name, expected, f"{blocks.shape[1]} blocks")
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            at = f"{int(number[row])} at [{int(sequence[row])}, {int(column[row])}]"
-            args.fail(name, f"block numbers in 0 .. {count - 1}", at)
-    return torch.where(inside & (number >= 0) & (number < count), number * size + token % size, -1)
-
-
 def _read(
     slots: Tensor, cache: Tensor, rope_cache: Tensor | None, scale: Tensor | None, f: Format, dims: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Latent [n, L] and rope [n, R] of the rows in slots that exist: as they are, or in fp32 where they are fp8."""
-    latent, rope, *scales = _take(slots, _parts(cache, rope_cache, f, *dims))
+    latent, rope, *scales = _take(slots, parts_of(cache, rope_cache, f, *dims))
     if not f.packed:
         return (dequantise(latent, scale, f), dequantise(rope, scale, f)) if f.quantised else (latent, rope)
     if f.packed.block_multiple is None:

@@ -8,6 +8,6 @@
 
 What is not modelled raises :class:`errors.UnknownInstruction`. What the hardware leaves open is random, so that code
 which relies on it shows: registers and LDS that nothing was written to, the last bit of approximate functions, which
-NaN a conversion to fp8 makes. Time is not modelled: waits have no effect, and a load is complete when the next
-instruction starts.
+NaN a conversion to fp8 makes; so is which wave of a block that shares LDS goes first from one barrier to the next. Time
+is not modelled: waits have no effect, and a load is complete when the next instruction starts.
 """

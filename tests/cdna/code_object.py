@@ -22,7 +22,7 @@ _NAMED = {
     "exec": (126, 2), "exec_lo": (126, 1), "exec_hi": (127, 1),
 }  # fmt: skip
 
-_FLAGS = {"nt", "sc0", "sc1", "clamp", "row_mirror", "row_half_mirror"}
+_FLAGS = {"nt", "sc0", "sc1", "offen", "clamp", "row_mirror", "row_half_mirror"}
 _TOKEN = re.compile(r"(?:[^\s,\[\(]|\[[^\]]*\]|\([^)]*\))+")
 _MODIFIER = re.compile(r"([a-z]\w*):(.+)")
 _REGISTER = re.compile(r"([sva])(?:(\d+)|\[(\d+):(\d+)\])")
@@ -117,11 +117,13 @@ class Descriptor:
     Attributes:
         user_sgprs: how many there are; ``kernarg_pointer`` says whether the first two hold the kernel arguments.
         block_ids: for x, y and z, whether an SGPR holds the work-group's.
+        preload: words of the kernel arguments that the last of the user SGPRs hold, as (first, count).
     """
 
     user_sgprs: int
     kernarg_pointer: bool
     block_ids: tuple[bool, bool, bool]
+    preload: tuple[int, int]
 
     @staticmethod
     def decode(data: bytes, name: str) -> Descriptor:
@@ -133,13 +135,15 @@ class Descriptor:
             "rounding to nearest even, all denormals kept": (rsrc1 >> 12 & 0xFF, 0xF0),
             "DX10_CLAMP and IEEE mode, and no FP16_OVFL": (rsrc1 >> 20 & 0x7F, 0b0001010),
             "only the kernel argument pointer and the work-group ids": (properties & ~8 | rsrc2 & 0x440, 0),
-            "no preloaded kernel arguments": (preload, 0),
         }
         for what, (value, wanted) in expected.items():
             if value != wanted:
                 raise UnknownInstruction(f"{name}: kernel descriptor: expected {what}")
         ids = rsrc2 >> 7 & 1, rsrc2 >> 8 & 1, rsrc2 >> 9 & 1
-        return Descriptor(rsrc2 >> 1 & 31, bool(properties & 8), tuple(map(bool, ids)))  # type: ignore[arg-type]
+        user_sgprs, pointer, count = rsrc2 >> 1 & 31, bool(properties & 8), preload & 0x7F
+        if count and user_sgprs != 2 * pointer + count:
+            raise UnknownInstruction(f"{name}: kernel descriptor: expected arguments in all other user SGPRs")
+        return Descriptor(user_sgprs, pointer, tuple(map(bool, ids)), (preload >> 7, count))  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Instructions that access memory: scalar loads, global and flat accesses, and the LDS."""
+"""Instructions that access memory: scalar loads, global, flat and buffer accesses, and the LDS."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _shapes() -> dict[str, dict[str, _Shape]]:
 
 
 _SHAPES = _shapes()
-_OFF = Operand("word", "off")
+_OFF, _ZERO = Operand("word", "off"), Operand("integer", 0)
 
 
 def find(instruction: Instruction, arch: str) -> Step | None:
     """The step that executes the instruction, if it is one of these."""
-    match = re.fullmatch(r"(s|global|flat|ds)_(load|store|read|write)(2|2st64)?_(\w+)", instruction.mnemonic)
+    match = re.fullmatch(r"(s|global|flat|buffer|ds)_(load|store|read|write)(2|2st64)?_(\w+)", instruction.mnemonic)
     if not match:
         return None
     kind, verb, twice, name = match.groups()
@@ -52,7 +52,9 @@ def find(instruction: Instruction, arch: str) -> Step | None:
     shape = _SHAPES[verb].get(name)
     if not shape or kind == "s" or (kind == "ds") != (verb in ("read", "write")):
         return None
-    return _local(instruction, verb, shape, twice) if kind == "ds" else _global(instruction, verb, shape)
+    if kind == "ds":
+        return _local(instruction, verb, shape, twice)
+    return (_buffer if kind == "buffer" else _global)(instruction, verb, shape)
 
 
 def _modifiers(instruction: Instruction, **defaults: int | bool) -> dict[str, int]:
@@ -107,6 +109,51 @@ def _global(instruction: Instruction, verb: str, shape: _Shape) -> Step:
     else:
         address = _sum(offset, read_vector(instruction, scalar, "u64"), read_vector(instruction, vector, "u32"))
     return _transfer(instruction, verb == "load", lambda state: state.memory, [(address, data, shape)])
+
+
+_RAW = 0x27000  # the last word of a resource that is raw: elements of 32 bits, nothing added for the lane
+
+
+def _buffer(instruction: Instruction, verb: str, shape: _Shape) -> Step:
+    """An address is a resource's base (four scalar registers) and a scalar offset, a vector one, and a constant.
+
+    The last two are held against the resource's size less the scalar offset: past it loads give 0, stores do nothing.
+    """
+    modifiers = _modifiers(instruction, offset=0, offen=False, nt=False, sc0=False, sc1=False)
+    data, vector, resource, scalar = instruction.operands
+    if resource.kind != "s" or resource.count != 4 or (vector == _OFF) == modifiers["offen"]:
+        raise instruction.unknown("expected a resource, and an offset register where there is to be one")
+    words = slice(resource.value, resource.value + 4)
+    scalar_offset = read_scalar(instruction, scalar, "u32")
+    offset = _sum(modifiers["offset"], read_vector(instruction, vector if modifiers["offen"] else _ZERO, "u32"))
+
+    def address(state: State) -> np.ndarray:
+        low, high = state.scalars["u32"][:, words].astype(np.uint64).T[:2]
+        start = (low | high << np.uint64(32)) + scalar_offset(state)
+        return np.broadcast_to(start[:, None] + offset(state), (state.waves, LANES))
+
+    transfer = _transfer(instruction, verb == "load", lambda state: state.memory, [(address, data, shape)])
+
+    def step(state: State) -> None:
+        _, high, size, last = state.scalars["u32"][:, words].T
+        if (high >> np.uint32(16)).any() or (last != _RAW).any() or (scalar_offset(state) > size).any():
+            raise instruction.unknown("a resource that is not raw, or an offset past its end")
+        first, end = offset(state), (size - scalar_offset(state)).astype(np.uint64)[:, None]
+        active, inside = state.exec_lanes(), first < end
+        if (active & inside & (first + np.uint64(shape.type.itemsize * shape.count) > end)).any():
+            raise instruction.unknown("an access across the end")
+        if verb == "load":
+            for row in range(data.value, data.value + data.count):
+                whole = state.vectors["u32"][row]
+                register = whole if shape.half is None else state.vectors["u16"][row, :, shape.half :: 2]
+                np.copyto(register, 0, where=active & ~inside)
+        state.active = active & inside
+        try:
+            transfer(state)
+        finally:
+            state.exec_changed()
+
+    return step
 
 
 def _local(instruction: Instruction, verb: str, shape: _Shape, twice: str | None) -> Step:

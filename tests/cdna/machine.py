@@ -32,7 +32,7 @@ _BRANCHES = {*_CONDITIONS, "s_branch"}
 _ENDS_BLOCK = {*_BRANCHES, "s_barrier", "s_endpgm"}
 
 ARCHS = ("gfx942", "gfx950")
-BUDGET = 1_000_000  # instructions that the waves of a batch may take, counted once for all that are in step
+BUDGET = 1_000_000  # barriers, and instructions from one to the next, counted once for all waves that are in step
 BATCH = 512  # waves that run together, which bounds the room for their registers
 
 
@@ -96,6 +96,10 @@ class Program:
             raise instruction.unknown("branches out of the kernel")
         return self._numbers[address]
 
+    def at(self, offset: int) -> int:
+        """Number of the instruction so many bytes behind the first."""
+        return self._numbers[self._instructions[0].address + offset]
+
     def block(self, first: int) -> Block:
         """The block that starts with instruction number ``first``."""
         if first not in self._blocks:
@@ -114,15 +118,43 @@ class Program:
                 return Block(steps, "", i + 1, -1)
         raise self._instructions[-1].unknown("the kernel does not end")
 
-    def run(self, state: State) -> int:
+    def run(self, state: State, start: int = 0) -> int:
         """Runs all waves to their end; gives the number of instructions, counted for each wave.
 
-        Waves at the same instruction run together. Those that lag behind go first, so that waves that parted at a
-        branch meet again where its ways do. At a barrier, waves wait until no other can go on: longer than they must,
-        but every wave of their block has come, or ended.
+        At a barrier, waves wait until no other can go on: longer than they must, but every wave of their block has
+        come, or ended. From one to the next, the waves of a block that has LDS go one after the other, in random order:
+        what they pass to each other with no barrier between does not arrive.
         """
-        waiting: dict[int, list[State]] = {0: [state]}
-        at_barrier: dict[int, list[State]] = {}
+        ahead, executed = {start: [state]}, 0
+        for _ in range(BUDGET):
+            at_barrier: dict[int, list[State]] = {}
+            for waiting in self._turns(ahead, state):
+                executed += self._run_to_barrier(waiting, at_barrier)
+            if not at_barrier:
+                return executed
+            ahead = at_barrier
+        raise RuntimeError(f"{state.kernel}: no end after {BUDGET} barriers")
+
+    @staticmethod
+    def _turns(ahead: dict[int, list[State]], first: State) -> Iterator[dict[int, list[State]]]:
+        """The waves in the order in which they go: by their number in the block, if they have LDS to share."""
+        if not first.local.size:
+            yield ahead
+            return
+        for number in first.rng.permutation(int(first.waves_in_block.max()) + 1):
+            chosen = {}
+            for at, states in ahead.items():
+                masks = [state.waves_in_block == number for state in states]
+                if some := [state.select(mask) for state, mask in zip(states, masks, strict=True) if mask.any()]:
+                    chosen[at] = some
+            yield chosen
+
+    def _run_to_barrier(self, waiting: dict[int, list[State]], at_barrier: dict[int, list[State]]) -> int:
+        """Runs waves until each has ended or come to a barrier; gives the number of instructions.
+
+        Waves at the same instruction run together. Those that lag behind go first, so that waves that parted at a
+        branch meet again where its ways do.
+        """
         executed, budget = 0, BUDGET
         while waiting:
             first = min(waiting)
@@ -137,8 +169,6 @@ class Program:
                 at_barrier.setdefault(block.next, []).append(state)
             for number, waves in self._leave(state, block):
                 waiting.setdefault(number, []).append(waves)
-            if not waiting:
-                waiting, at_barrier = at_barrier, {}
         return executed
 
     @staticmethod
@@ -204,12 +234,15 @@ def dispatch(
         raise UnknownInstruction(f"{kernel.name}: waves of {kernel.wavefront} lanes")
     arguments = np.frombuffer(kernarg, np.uint8).copy()
     waves, executed = -(-math.prod(threads) // LANES), 0
+    # Firmware that preloads arguments enters behind 256 bytes in which older chips load them; both have to do.
+    preloads = kernel.descriptor.preload[1] > 0 and bool(rng.integers(2))
+    start = _program(kernel).at(256) if preloads else 0
     with np.errstate(all="ignore"), memory.also_readable(arguments.ctypes.data, arguments.size):
         for numbers in batches(math.prod(blocks), max(BATCH // waves, 1), rng):
             state = State(len(numbers) * waves, max(kernel.vgprs, 1), 108, kernel.lds_bytes, rng, numbers)
             state.memory, state.kernel = memory, kernel.name
-            _initialise(state, kernel, blocks, threads, arguments.ctypes.data)
-            executed += _program(kernel).run(state)
+            _initialise(state, kernel, blocks, threads, arguments, preloads)
+            executed += _program(kernel).run(state, start)
     return executed
 
 
@@ -218,12 +251,17 @@ def _initialise(
     kernel: Kernel,
     blocks: tuple[int, int, int],
     threads: tuple[int, int, int],
-    arguments: int,
+    arguments: np.ndarray,
+    preloads: bool,
 ) -> None:
     """The registers that the hardware sets before a wave starts."""
     descriptor = kernel.descriptor
     if descriptor.kernarg_pointer:
-        state.scalars["u64"][:, 0] = arguments
+        state.scalars["u64"][:, 0] = arguments.ctypes.data
+    if preloads:
+        first, count = descriptor.preload
+        words = arguments[4 * first : 4 * (first + count)].view(np.uint32)
+        state.scalars["u32"][:, descriptor.user_sgprs - count : descriptor.user_sgprs] = words
     register = descriptor.user_sgprs
     for index, enabled in zip(_unravel(state.blocks, blocks), descriptor.block_ids, strict=True):
         if enabled:

@@ -42,6 +42,8 @@ def find(instruction: Instruction, arch: str) -> Step | None:
     if name in _PACKED:
         return _compile_packed(instruction, name)
     what = operations(arch).get(name)
+    if what and (name, encoding) == ("v_cndmask_b32", "sdwa"):  # moves parts of words, which nothing can negate
+        what = replace(what, destinations=("u32",), sources=("u32", "u32", "mask"))
     return _compile(instruction, what, encoding) if what else None
 
 

@@ -1,4 +1,4 @@
-"""How long an update of the cache takes beside its peers: the core of ``latentkv bench``."""
+"""How long an update of the cache, or a read, takes beside its peers: the core of ``latentkv bench``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from ..layouts import CacheLayout
 from ..models import Model
 from .contenders import FUSED, Contender, PeerError, compiled, layer_calls, pair_call, provider_call, torch_op_call
 from .inputs import (
+    CONVERT,
+    DECODE,
+    GATHER,
     GROUPED,
     INDEXER,
+    OPS,
     PROLOGUE,
     QUERYLESS,
+    READS,
     VARIANTS,
     Inputs,
     Update,
     activation_dtype,
     bytes_moved,
+    conversion,
     random_inputs,
     rope_table,
     table_dtype,
@@ -33,10 +39,15 @@ from .results import Row, device_name, environment, plot, read_csv, summary, wri
 from .timing import INPUT_SETS, Timing, empty_kernel, streamed_bandwidth, time_calls, time_host
 
 __all__ = [
+    "CONVERT",
+    "DECODE",
     "FUSED",
+    "GATHER",
     "INDEXER",
+    "OPS",
     "PROLOGUE",
     "QUERYLESS",
+    "READS",
     "VARIANTS",
     "VLLM",
     "Bench",
@@ -101,8 +112,11 @@ class Bench:
         """Our ways to do ``op``."""
         call = partial(provider_call, providers.public, op)
         ours = [Contender("latentkv fused" if op == FUSED else "latentkv", call, ours=True)]
-        if self.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() >= (9, 0):
-            ours.append(replace(ours[0], name=f"{ours[0].name}, no overlap", overlap=False))
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and providers.served_by["cuda"] != "triton" and providers.triton_problem("cuda") is None:
+            ours.append(Contender("latentkv triton", partial(provider_call, providers.triton, op), ours=True))
+        if on_gpu and torch.version.cuda and torch.cuda.get_device_capability() >= (9, 0):
+            ours = [y for x in ours for y in (x, replace(x, name=f"{x.name}, no overlap", overlap=False))]
         if op == FUSED and self.rotates:
             ours.append(Contender("latentkv pair", pair_call, ours=True))
         if op == GROUPED:
@@ -158,15 +172,16 @@ class Bench:
         if self.device.type == "cpu":
             return []
         several = ("pair", "chain", "torch.compile")
-        peers = [c for c in self._others(op, "", layout)[0] if not c.name.endswith(several)]
+        variant = VARIANTS.get(op, ("",))[0]
+        peers = [c for c in self._others(op, variant, layout)[0] if not c.name.endswith(several)]
         ours = {
             f"latentkv.{op}": partial(provider_call, providers.public, op),
             f"torch.ops.latentkv.{op}": partial(torch_op_call, op),
         }
-        x = self.inputs(op, heads, 1, layout)
+        x = self.inputs(op, heads, 1, layout, variant)
         rows = []
         for contender in [*(Contender(name, bind, ours=True) for name, bind in ours.items()), *peers]:
-            row = replace(self._blank(op, heads, 1, layout), contender=contender.name, timing="host", bytes=0)
+            row = replace(self._blank(op, heads, 1, layout, variant), contender=contender.name, timing="host", bytes=0)
             try:
                 timing = time_host(contender.bind(x))
                 row = replace(row, p20_us=timing.p20, p50_us=timing.p50, p80_us=timing.p80)
@@ -174,6 +189,13 @@ class Bench:
                 row = replace(row, note=_failure(contender, error))
             rows.append(row)
         return _with_baseline(rows, {c.name for c in peers})
+
+    @staticmethod
+    def _format(op: str, layout: CacheLayout, variant: str) -> str:
+        """Of the rows that are read or written."""
+        if op == CONVERT:
+            return conversion(variant, (layout.kv_lora_rank, layout.rope_dim))[0].format
+        return "indexer" if op == INDEXER else layout.format
 
     def _blank(self, op: str, heads: int, tokens: int, layout: CacheLayout, variant: str = "") -> Row:
         return Row(
@@ -183,7 +205,7 @@ class Bench:
             rope_dim=layout.rope_dim,
             heads=heads,
             tokens=tokens,
-            format="indexer" if op == INDEXER else layout.format,
+            format=self._format(op, layout, variant),
             contender="",
             timing="graph" if self.device.type == "cuda" else "wall",
             variant=variant,
@@ -194,14 +216,16 @@ class Bench:
 
 
 def _differences(actual: Inputs, expected: Inputs) -> dict[str, Any]:
-    """Percent of the activations' bytes, and of the rows', that differ; stray writes count too."""
+    """Percent of the activations' bytes, and of the cache rows', that differ; stray writes count too."""
     ours, right = actual.outputs, expected.outputs
 
     def percent(a: Sequence[Tensor], b: Sequence[Tensor], of: int) -> float:
         pairs = zip(a, b, strict=True)
         return 100 * sum(int((x.view(torch.uint8) != y.view(torch.uint8)).sum()) for x, y in pairs) / of
 
-    differences = {"cache_differs_percent": percent(ours.pages, right.pages, right.cache_bytes)}
+    differences = {}
+    if right.pages:
+        differences["cache_differs_percent"] = percent(ours.pages, right.pages, right.cache_bytes)
     if right.activations:
         a, b = ([*x.activations.values()] for x in (ours, right))
         differences["qk_differs_percent"] = percent(a, b, right.activation_bytes)

@@ -14,7 +14,7 @@ from .. import providers
 from ..checks import QUERY_FORMATS
 from ..ops import OP_NAMES
 from ..reference import encode, quantise, rotate
-from .inputs import GROUPED, INDEXER, PROLOGUE, Inputs, Layers, Prologue, Update
+from .inputs import GROUPED, INDEXER, PROLOGUE, READS, Inputs, Layers, Prologue, Update
 from .timing import Call
 
 FUSED: Final = "rope_write_cache_"
@@ -150,7 +150,7 @@ def compiled(op: str, packed: bool) -> Contender:
     Raises:
         PeerError: nobody has written the op in plain PyTorch.
     """
-    if packed or op in (GROUPED, INDEXER):
+    if packed or op in (GROUPED, INDEXER, *READS):
         raise PeerError("no plain PyTorch for it here")
     torch.compiler.reset()  # Dynamo gives up on a function that it has compiled for too many shapes
     function = torch.compile(plain_prologue if op == PROLOGUE else plain_update, dynamic=False)

@@ -9,9 +9,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from .. import providers
 from ..checks import INDEX_DIM, INDEX_ROW_BYTES
-from ..layouts import FORMATS, CacheLayout, MLACache
+from ..layouts import FORMATS, CacheLayout, MLACache, Placement
 from ..models import Model
+from ..ops import OP_NAMES
 from ..rope_table import build_cos_sin_cache
 
 LAYERS: Final = 4  # that write_cache_grouped_ writes at once: a draft model's
@@ -19,8 +21,20 @@ SCALE: Final = 0.25  # of fp8 rows and queries; a power of two, so that dividing
 PROLOGUE: Final = "decode_prologue"
 GROUPED: Final = "write_cache_grouped_"
 INDEXER: Final = "write_indexer_cache_"
-QUERYLESS: Final = ("write_cache_", GROUPED, INDEXER)
-VARIANTS: Final = {PROLOGUE: ("", "norm"), INDEXER: ("", "power of two")}
+GATHER: Final = "gather_cache"
+CONVERT: Final = "convert_cache_"
+DECODE: Final = "mla_decode"  # not timed here: benchmarks/readers.py times it beside its peers
+READS: Final = (GATHER, CONVERT)
+QUERYLESS: Final = ("write_cache_", GROUPED, INDEXER, *READS)
+OPS: Final = tuple(name for name in OP_NAMES if name != DECODE)
+SEQUENCES: Final = 8  # that gather_cache reads, at most
+# What convert_cache_ reads and writes: (format, block size, placement) of either side, and the scale of its result.
+CONVERSIONS: Final[dict[str, tuple[tuple[str, int, Placement], tuple[str, int, Placement], float]]] = {
+    "to fp8": (("bf16", 64, "concat"), ("fp8_e4m3fn", 64, "concat"), SCALE),
+    "to fp8_e4m3fn": (("fp8_e4m3fnuz", 64, "concat"), ("fp8_e4m3fn", 64, "concat"), SCALE / 2),
+    "blocks of 16 to split blocks of 64": (("bf16", 16, "concat"), ("bf16", 64, "split"), SCALE),
+}
+VARIANTS: Final = {PROLOGUE: ("", "norm"), INDEXER: ("", "power of two"), CONVERT: tuple(CONVERSIONS)}
 
 
 @dataclass(frozen=True)
@@ -42,19 +56,7 @@ class Outputs:
 
 @dataclass(frozen=True, eq=False)
 class Inputs(ABC):
-    """The arguments of one call, lying in memory as an engine has them.
-
-    Attributes:
-        positions: [T], or None where the model does not rotate.
-        slots: [T].
-        table: [max_position, R], or None.
-        is_neox: how pairs lie.
-    """
-
-    positions: Tensor | None
-    slots: Tensor
-    table: Tensor | None
-    is_neox: bool
+    """The arguments of one call, lying in memory as an engine has them."""
 
     @abstractmethod
     def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -72,7 +74,24 @@ class Inputs(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Update(Inputs):
+class Tokens(Inputs):
+    """What all ops that write tokens take.
+
+    Attributes:
+        positions: [T], or None where the model does not rotate.
+        slots: [T].
+        table: [max_position, R], or None.
+        is_neox: how pairs lie.
+    """
+
+    positions: Tensor | None
+    slots: Tensor
+    table: Tensor | None
+    is_neox: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Update(Tokens):
     """For the in-place ops ``rope_``, ``write_cache_`` and ``rope_write_cache_``.
 
     Attributes:
@@ -176,7 +195,7 @@ class Prologue(Update):
 
 
 @dataclass(frozen=True, eq=False)
-class Layers(Inputs):
+class Layers(Tokens):
     """For ``write_cache_grouped_``.
 
     Attributes:
@@ -208,7 +227,7 @@ class Layers(Inputs):
 
 
 @dataclass(frozen=True, eq=False)
-class IndexerKeys(Inputs):
+class IndexerKeys(Tokens):
     """For ``write_indexer_cache_``.
 
     Attributes:
@@ -232,6 +251,103 @@ class IndexerKeys(Inputs):
         return Outputs({}, 0, (self.cache,), len(self.slots) * INDEX_ROW_BYTES)
 
 
+@dataclass(frozen=True, eq=False)
+class Gather(Inputs):
+    """For ``gather_cache``.
+
+    Attributes:
+        cache: rows of some sequences, their blocks in any order, with as many blocks of others between them.
+        block_table: [S, max_blocks] int32.
+        cu_seq_lens: [S + 1] int32.
+        lengths: of the sequences.
+        out: [T, L + R], 16-bit.
+    """
+
+    cache: MLACache
+    block_table: Tensor
+    cu_seq_lens: Tensor
+    lengths: tuple[int, ...]
+    out: Tensor
+
+    @classmethod
+    def random(cls, tokens: int, layout: CacheLayout, generator: torch.Generator) -> Gather:
+        """Sequences of about equal lengths, none of which ends with a block."""
+        device, size = generator.device, layout.block_size
+        count = min(SEQUENCES, -(-tokens // size))
+        ends = [tokens * (i + 1) // count + (i + 1 < count) * (i % 3 - 1) for i in range(count)]
+        lengths = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+        columns = -(-max(lengths) // size)
+        cache = random_rows(layout, 2 * count * columns, SCALE, generator)
+        blocks = torch.randperm(cache.num_blocks, generator=generator, device=device)[: count * columns]
+        out = torch.empty(tokens, layout.kv_lora_rank + layout.rope_dim, dtype=activation_dtype(layout), device=device)
+        starts = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+        return cls(cache, blocks.view(count, columns).int(), starts, lengths, out)
+
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of its only op."""
+        return (self.cache, self.block_table, self.cu_seq_lens), {"out": self.out}
+
+    @property
+    def outputs(self) -> Outputs:
+        """The rows; the cache stays as it is."""
+        return Outputs({"out": self.out}, self.out.nbytes, (), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion(Inputs):
+    """For ``convert_cache_``.
+
+    Attributes:
+        src, dst: caches of as many rows.
+        src_blocks, dst_blocks: [n] and [m] int32, all of their blocks, in any order.
+    """
+
+    src: MLACache
+    dst: MLACache
+    src_blocks: Tensor
+    dst_blocks: Tensor
+
+    @classmethod
+    def random(cls, variant: str, tokens: int, dims: tuple[int, int], generator: torch.Generator) -> Conversion:
+        """Whole blocks of 64 tokens."""
+        src, dst, scale = conversion(variant, dims)
+        rows = whole_blocks(tokens)
+        cache = random_rows(src, rows // src.block_size, SCALE, generator)
+        result = dst.allocate(rows // dst.block_size, generator.device, scale)
+        orders = (torch.randperm(c.num_blocks, generator=generator, device=c.device).int() for c in (cache, result))
+        return cls(cache, result, *orders)
+
+    def arguments(self, op: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of its only op."""
+        return (self.src, self.dst), {"src_blocks": self.src_blocks, "dst_blocks": self.dst_blocks}
+
+    @property
+    def outputs(self) -> Outputs:
+        """The cache that is written."""
+        return Outputs({}, 0, self.dst.tensors, self.dst.num_slots * self.dst.layout.row_bytes)
+
+
+def conversion(variant: str, dims: tuple[int, int]) -> tuple[CacheLayout, CacheLayout, float]:
+    """The layouts that a variant of ``convert_cache_`` reads and writes, and the scale of its result."""
+    *sides, scale = CONVERSIONS[variant]
+    src, dst = (CacheLayout(*dims, size, format, placement) for format, size, placement in sides)
+    return src, dst, scale
+
+
+def whole_blocks(tokens: int) -> int:
+    """As many tokens, or a few more, in whole blocks of 64."""
+    return -(-tokens // 64) * 64
+
+
+def random_rows(layout: CacheLayout, blocks: int, scale: float, generator: torch.Generator) -> MLACache:
+    """A cache full of normally distributed rows."""
+    cache = layout.allocate(blocks, generator.device, scale)
+    dtype, slots = activation_dtype(layout), torch.arange(cache.num_slots, device=generator.device)
+    latent, rope = (_normal(generator, dtype, cache.num_slots, n) for n in (layout.kv_lora_rank, layout.rope_dim))
+    providers.public.write_cache_(latent, rope, slots, cache)
+    return cache
+
+
 def random_inputs(
     op: str,
     variant: str,
@@ -242,7 +358,14 @@ def random_inputs(
     table: Tensor | None,
     generator: torch.Generator,
 ) -> Inputs:
-    """Arguments of ``op``: slots scattered over a cache of twice the tokens, activations normally distributed."""
+    """Arguments of ``op``: slots scattered over a cache of twice the tokens, activations normally distributed.
+
+    Of ``convert_cache_`` the variant says both layouts; of ``layout`` only the dimensions count.
+    """
+    if op == GATHER:
+        return Gather.random(tokens, layout, generator)
+    if op == CONVERT:
+        return Conversion.random(variant, tokens, (layout.kv_lora_rank, layout.rope_dim), generator)
     device, blocks = generator.device, -(-2 * tokens // layout.block_size)
     slots = torch.randperm(blocks * layout.block_size, generator=generator, device=device)[:tokens]
     positions = torch.randint(1 if table is None else len(table), (tokens,), generator=generator, device=device)
@@ -288,6 +411,13 @@ def bytes_moved(op: str, heads: int, tokens: int, layout: CacheLayout, rotates: 
     """What one call must read and write: each byte that it needs or changes, once."""
     size, index = activation_dtype(layout).itemsize, torch.int64.itemsize
     rope, rank = layout.rope_dim, layout.kv_lora_rank
+    if op == GATHER:  # and the number of each block
+        return tokens * (layout.row_bytes + (rank + rope) * size) + -(-tokens // layout.block_size) * 4
+    if op == CONVERT:
+        *sides, _ = conversion(variant, (rank, rope))
+        return whole_blocks(tokens) * sum(x.row_bytes for x in sides) + sum(
+            whole_blocks(tokens) // x.block_size * 4 for x in sides
+        )
     angles = rope * table_dtype(op, layout).itemsize + index if rotates else 0  # of a token, with its position
     write = (rank + rope) * size + layout.row_bytes
     if op == INDEXER:

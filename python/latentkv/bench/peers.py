@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import INDEX_DIM
 from ..layouts import FORMATS, CacheLayout, MLACache
 from .contenders import FUSED, Contender, PeerError, in_turn
-from .inputs import GROUPED, INDEXER, PROLOGUE, IndexerKeys, Layers, Prologue, Update
+from .inputs import CONVERT, GATHER, GROUPED, INDEXER, PROLOGUE, Gather, IndexerKeys, Layers, Prologue, Update
 from .timing import Call
 
 _NORM_EPS = 1e-6
@@ -57,10 +57,14 @@ class VLLM:
 
     def contenders(self, op: str, variant: str, layout: CacheLayout, rotates: bool) -> list[Contender]:
         """See :meth:`Peer.contenders`."""
+        if op == CONVERT:
+            return []
         if layout.placement != "concat" or layout.block_size == 1:
             raise PeerError("it writes concatenated rows in blocks of several only")
         if not rotates and op in ("rope_", FUSED, INDEXER):
             raise PeerError("it has no op without rotation")
+        if op == GATHER:
+            return self._gatherers(layout)
         if layout.format == "fp8_model1" and op != "write_cache_":
             raise PeerError("it writes these rows in ops that do other work besides")
         note = "" if self._takes_views else "rotary_embedding rejects the strided q_pe: fed a contiguous copy"
@@ -81,6 +85,31 @@ class VLLM:
             return [fused, Contender("vllm chain", self._chain_calls, note=note)]
         pair = Contender("vllm pair", lambda x: in_turn(self._rope_call(x), self._write_call(x)), note=note)
         return [pair] if layout.packed else [Contender("vllm fused", self._fused_call), pair]
+
+    def _gatherers(self, layout: CacheLayout) -> list[Contender]:
+        """Its ops that gather rows into bf16; which sequence a token is of is worked out before the clock starts."""
+        if layout.format == "fp8_ds_mla":
+            return [Contender("vllm cp_gather_and_upconvert", self._upconvert_call)]
+        if layout.packed:
+            raise PeerError("it gathers no such rows")
+        dequantises = Contender("vllm gather_and_maybe_dequant", self._gather_call)
+        if FORMATS[layout.format].quantised:
+            return [dequantises]
+        return [dequantises, Contender("vllm cp_gather", self._copy_call)]
+
+    def _gather_call(self, x: Gather) -> Call:
+        cache, dtype = _cache(x.cache)
+        sequences = torch.arange(len(x.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(x.lengths))
+        place = (x.block_table, x.cu_seq_lens, sequences.to(x.out.device), len(x.out))
+        return partial(self._cache_ops.gather_and_maybe_dequant_cache, cache, x.out, *place, dtype, x.cache.scale, None)
+
+    def _copy_call(self, x: Gather) -> Call:
+        place = (x.block_table, x.cu_seq_lens, len(x.lengths), None)
+        return partial(self._cache_ops.cp_gather_cache, x.cache.data, x.out, *place)
+
+    def _upconvert_call(self, x: Gather) -> Call:
+        place = (x.block_table, x.cu_seq_lens[:-1], len(x.lengths), None)
+        return partial(self._cache_ops.cp_gather_and_upconvert_fp8_kv_cache, x.cache.data, x.out, *place)
 
     def _rotates_views(self, device: torch.device) -> bool:
         q = torch.zeros(1, 2, 192, dtype=torch.bfloat16, device=device)[..., 128:]

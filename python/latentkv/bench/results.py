@@ -26,14 +26,14 @@ class Row:
     Attributes:
         heads: 0 where the op knows no query.
         timing: ``graph`` (replay on a GPU), ``wall`` (clock of a CPU) or ``host`` (eager call on a GPU).
-        variant: what the op does besides, of those that may: ``norm``, ``power of two``.
+        variant: what the op does besides, of those that may: ``norm``, ``power of two``; from and to of a conversion.
         p20_us, p50_us, p80_us: microseconds of one call; None where the contender could not run (``note``).
         bytes: what one call must move; 0 for host times.
         streamed_gb_s: what an elementwise multiply streams in the same run.
         empty_us: an empty kernel in a graph of the same run.
         baseline, baseline_us: the contender that ``speedup`` refers to: a peer, else the reference.
-        qk_differs_percent, cache_differs_percent: bytes unlike the reference's: of rope parts or (decode_prologue) of
-            the query, and of cache rows.
+        qk_differs_percent, cache_differs_percent: bytes unlike the reference's: of rope parts, (decode_prologue) of the
+            query or (gather_cache) of the rows gathered, and of cache rows.
     """
 
     op: str
@@ -190,10 +190,15 @@ _STYLES = {
     "latentkv fused, no overlap": ("#56B4E9", "o", "--"),
     "latentkv pair": ("#009E73", "s", "-"),
     "latentkv by layer": ("#009E73", "s", "-"),
+    "latentkv triton": ("#F0E442", "D", "-"),
+    "latentkv triton, no overlap": ("#F0E442", "D", "--"),
     "vllm": ("#D55E00", "^", "-"),
     "vllm fused": ("#D55E00", "^", "-"),
     "vllm kimi-k3": ("#D55E00", "^", "-"),
     "vllm rms_norm + kimi-k3": ("#D55E00", "^", "-"),
+    "vllm gather_and_maybe_dequant": ("#D55E00", "^", "-"),
+    "vllm cp_gather_and_upconvert": ("#D55E00", "^", "-"),
+    "vllm cp_gather": ("#E69F00", "v", "-"),
     "vllm pair": ("#E69F00", "v", "-"),
     "vllm chain": ("#E69F00", "v", "-"),
     "flashinfer": ("#CC79A7", "X", "-"),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..layouts import FORMATS, CacheLayout, MLACache, Placement
-from ..ops import OP_NAMES
+from ..ops import NATIVE_OP_NAMES
 from ..providers import Provider
+from ..reference import parts_of
 from ..rope_table import build_cos_sin_cache
 from .compare import first_difference, poisoned
 
@@ -25,6 +26,7 @@ Rope = Literal["gptj", "neox", "none"]
 Strides = Literal["contiguous", "sliced", "transposed", "unaligned"]
 Rows = Literal["full", "padded", "masked", "rotate-masked"]
 Normalised = Literal["none", "apart", "in-place"]
+Blocks = Literal["all", "to-list", "lists", "tables"]
 
 ACTIVATIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_POSITION = 96
@@ -43,7 +45,8 @@ class Case:
         rope: how pairs lie, or none for models without rotation.
         strides: how q_pe, k_pe, kv_c, q_nope and the indexer's k lie: contiguous; slices of wider projections; queries
             as [H, N, .] transposed; or at odd offsets and strides that rule out 16-byte access.
-        rows: full (T = N, slots all valid); padded (T < N); masked (some slots -1, left alone); rotate-masked.
+        rows: full (T = N, slots all valid); padded (T < N); masked (some slots -1, left alone); rotate-masked. Of
+            gather_cache: full, or padded (out has more rows).
         table: dtype of the cos/sin table.
         index: dtype of positions and slots.
         tokens, heads: N and H.
@@ -60,6 +63,12 @@ class Case:
         normalised: what takes the normalised vectors: nothing, a tensor apart, or kv_c itself.
         layers: G of write_cache_grouped_; each layer has strides, pages and a scale of its own.
         power_of_two: the scales of the indexer's keys.
+        sequences: S of gather_cache and of convert_cache_ with tables. N is the tokens of all, or of each.
+        starts: sequences do not start at their first token.
+        blocks: of convert_cache_, where rows come from and go: all blocks; a list of blocks of ``to``; lists of both;
+            tables of both.
+        to, to_scale, to_bytes, to_pages: the cache that convert_cache_ writes, as layout, scale, as_bytes and pages say
+            of the one that it reads.
     """
 
     op: str
@@ -85,8 +94,17 @@ class Case:
     normalised: Normalised = "none"
     layers: int = 1
     power_of_two: bool = False
+    sequences: int = 3
+    starts: bool = False
+    blocks: Blocks = "tables"
+    to: CacheLayout | None = None
+    to_scale: float | None = 0.37
+    to_bytes: bool = False
+    to_pages: bool = False
 
     def __str__(self) -> str:
+        if self.op in ("gather_cache", "convert_cache_"):
+            return self._read_name()
         lay = self.layout
         parts = [self.op, f"{lay.format}", lay.placement, f"{lay.kv_lora_rank}+{lay.rope_dim}x{lay.block_size}"]
         parts += [self.activation, self.rope, self.strides, self.rows, f"table-{self.table}"]
@@ -104,6 +122,23 @@ class Case:
             parts += [f"norm-{self.norm}-{self.normalised}"] if self.norm else []
         return "-".join(parts)
 
+    def _read_name(self) -> str:
+        """The name of a case that reads a cache."""
+        parts = [self.op]
+        sides = [(self.layout, self.scale, self.as_bytes, self.pages)]
+        if self.to is not None:
+            sides.append((self.to, self.to_scale, self.to_bytes, self.to_pages))
+        for lay, scale, as_bytes, pages in sides:
+            parts += [lay.format, lay.placement, f"{lay.kv_lora_rank}+{lay.rope_dim}x{lay.block_size}"]
+            parts += [f"scale-{scale}"] if FORMATS[lay.format].quantised else []
+            parts += [word for word, is_so in (("bytes", as_bytes), ("pages", pages)) if is_so]
+        parts += [self.strides, f"i{self.index.itemsize * 8}", f"{self.sequences}x{self.tokens}"]
+        if self.op == "gather_cache":
+            parts += [self.activation, self.rows, f"out-{self.outputs}", *(["starts"] if self.starts else [])]
+        else:
+            parts += [self.blocks]
+        return "-".join(parts)
+
 
 @dataclass
 class Problem:
@@ -119,6 +154,10 @@ class Problem:
         self._random = torch.Generator().manual_seed(self.seed)
         self.buffers = {}
         self._more_layers: list[tuple[Tensor, Tensor, MLACache]] = []
+        if case.op == "gather_cache":
+            return self._gather()
+        if case.op == "convert_cache_":
+            return self._convert()
         n, h, latent, rope = case.tokens, case.heads, lay.kv_lora_rank, lay.rope_dim
         dtype = ACTIVATIONS[case.activation]
         q_gap = {"sliced": 2 * rope, "unaligned": 1}.get(case.strides, 0)
@@ -144,14 +183,17 @@ class Problem:
         self.slots = slots.to(self.device)
         if case.op == "write_indexer_cache_":
             self.k = self._values("k", (n, 128), (128 + _GAPS[case.strides], 1), dtype)
-            self.index_cache = self._pages("cache0", (blocks, lay.block_size, 132), torch.uint8, case.pages, run=True)
+            shape = (blocks, lay.block_size, 132)
+            self.index_cache = self._pages("cache0", shape, torch.uint8, case.pages, run=True, mixed=True)
             return
-        self.cache = self._cache("", blocks, case.pages, case.scale)
+        self.cache = self._cache(("cache", ""), lay, blocks, case.pages, case.scale, case.as_bytes)
         for i in range(1, case.layers):
             strides = _STRIDES[(_STRIDES.index(case.strides) + i % 2) % 4]
             scale = (case.scale, None, 0.25 * i)[i % 3]
             kv_c, k_pe = self._projection(f"/{i}", strides)
-            self._more_layers.append((kv_c, k_pe, self._cache(f"/{i}", blocks, case.pages != (i % 2 == 1), scale)))
+            pages = case.pages != (i % 2 == 1)
+            cache = self._cache(("cache", f"/{i}"), lay, blocks, pages, scale, case.as_bytes)
+            self._more_layers.append((kv_c, k_pe, cache))
         if case.op == "decode_prologue":
             self._prologue(dtype, latent, rope)
 
@@ -185,6 +227,81 @@ class Problem:
         elif case.normalised == "in-place":
             self.kv_c_out = self.kv_c
         self.q_scale = None if case.q_scale is None else torch.tensor([case.q_scale], device=self.device)
+
+    def _gather(self) -> None:
+        """Sequences of any length, 0 too, each in blocks of its own; what no row needs of the table is absurd."""
+        case, lay, count = self.case, self.case.layout, self.case.sequences
+        cuts = torch.randint(0, case.tokens + 1, (count - 1,), generator=self._random).sort().values
+        cuts[1:2] = cuts[:1]
+        ends = [*cuts.tolist(), case.tokens]
+        starts = torch.randint(0, 2 * lay.block_size + 1, (count,), generator=self._random) * case.starts
+        columns = []  # of each sequence: those that its rows need
+        for start, begin, end in zip(starts.tolist(), [0, *ends], ends, strict=False):
+            last = (start + end - begin - 1) // lay.block_size
+            columns.append(range(start // lay.block_size, last + 1 if end > begin else 0))
+        blocks = sum(map(len, columns)) + 2
+        order = iter(torch.randperm(blocks, generator=self._random).tolist())
+        rows = [
+            [next(order) if i in own else (-1) ** i * (2**30 + i) for i in range(max(c.stop for c in columns) + 1)]
+            for own in columns
+        ]
+        self.cache = self._cache(("cache", ""), lay, blocks, case.pages, case.scale, case.as_bytes)
+        self._fill(self.cache)
+        self.block_table = self._table("block_table", rows)
+        self.cu_seq_lens = torch.tensor([0, *ends], dtype=case.index, device=self.device)
+        self.seq_starts = starts.to(case.index).to(self.device) if case.starts else None
+        total, width = case.tokens + (3 if case.rows == "padded" else 0), lay.kv_lora_rank + lay.rope_dim
+        strides, dtype = (width + _GAPS[case.outputs], 1), ACTIVATIONS[case.activation]
+        self.out = self._view("out", (total, width), strides, dtype, _OFFSETS[case.outputs])
+
+    def _convert(self) -> None:
+        """Runs of N tokens: with tables some of them shorter, and of one the first block is left out."""
+        case, lay, to = self.case, self.case.layout, self.case.to
+        assert to is not None, "convert_cache_ needs a layout to convert to"
+        runs = case.sequences if case.blocks == "tables" else 1
+        needed = [-(-case.tokens // side.block_size) for side in (lay, to)]
+        spare = [{"all": 0, "to-list": i}.get(case.blocks, 1) for i in range(2)]
+        counts = [runs * n + more for n, more in zip(needed, spare, strict=True)]
+        self.cache = self._cache(("cache", ""), lay, counts[0], case.pages, case.scale, case.as_bytes)
+        self.to_cache = self._cache(("to", ""), to, counts[1], case.to_pages, case.to_scale, case.to_bytes)
+        self._fill(self.cache)
+        lists: list[Tensor | None] = []
+        for i, (name, columns) in enumerate(zip(("src_blocks", "dst_blocks"), needed, strict=True)):
+            rows = torch.randperm(counts[i], generator=self._random)[: runs * columns].view(runs, columns)
+            if case.blocks == "tables":
+                for run in range(1, runs):  # the first one is whole
+                    rows[run, columns - run * columns // runs :] = -1
+                rows[-1, : 1 - i] = -1
+            table = self._table(name, rows.tolist()) if spare[i] else None
+            lists.append(table if table is None or case.blocks == "tables" else table[0])
+        self.src_blocks, self.dst_blocks = lists
+
+    def _table(self, name: str, rows: list[list[int]]) -> Tensor:
+        """A table of block numbers."""
+        shape = (len(rows), len(rows[0]))
+        view = self._view(name, shape, (shape[1] + _GAPS[self.case.strides], 1), self.case.index, 0)
+        return view.copy_(torch.tensor(rows))
+
+    def _fill(self, cache: MLACache) -> None:
+        """Puts numbers into a cache, all of them finite: every code of fp8, and as scales of tiles powers of two."""
+        lay, (data, rope_data, _, name) = cache.layout, cache.op_arguments
+        kind = FORMATS["fp8_e4m3fn" if lay.packed else name]
+        parts = parts_of(data, rope_data, FORMATS[name], lay.kv_lora_rank, lay.rope_dim)
+        for i, part in enumerate(parts):
+            if i == 2:
+                values = torch.randint(117, 138, part.shape, generator=self._random).to(torch.uint8)
+                if name == "fp8_ds_mla":
+                    scales = (values[..., :4].int() << 23).view(torch.float32)
+                    scales[..., 1] *= 1.37  # older engines wrote such
+                    values = scales.view(torch.uint8)
+            elif kind.quantised and not (lay.packed and i == 1):
+                values = torch.randint(0, 256, part.shape, generator=self._random).to(torch.uint8)
+                values = torch.where(values.view(kind.dtype).float().isfinite(), values, 0)
+            else:
+                dtype = torch.bfloat16 if lay.packed else lay.dtype
+                values = self._draw((*part.shape[:-1], lay.rope_dim if lay.packed else part.shape[-1])).to(dtype)
+                values = values.view(part.dtype)
+            part.copy_(values)
 
     def _head_strides(self, strides: Strides, width: int, gap: int) -> tuple[int, int, int]:
         n, h, head = self.case.tokens, self.case.heads, width + gap
@@ -220,22 +337,28 @@ class Problem:
         view.copy_(self._draw(shape))
         return view
 
-    def _cache(self, suffix: str, blocks: int, pages: bool, value: float | None) -> MLACache:
-        case, lay = self.case, self.case.layout
-        dtype = torch.uint8 if case.as_bytes and FORMATS[lay.format].quantised else lay.dtype
+    def _cache(
+        self, name: tuple[str, str], lay: CacheLayout, blocks: int, pages: bool, value: float | None, as_bytes: bool
+    ) -> MLACache:
+        """A poisoned cache; ``name``: what comes before and after the number of a tensor in its buffer's name."""
+        dtype = torch.uint8 if as_bytes and FORMATS[lay.format].quantised else lay.dtype
         run = lay.packed is not None and lay.packed.block_multiple is not None
         tensors = [
-            self._pages(f"cache{i}{suffix}", shape, dtype, pages, run) for i, shape in enumerate(lay.shapes(blocks))
+            self._pages(f"{i}".join(name), shape, dtype, pages, run, mixed=lay.packed is not None)
+            for i, shape in enumerate(lay.shapes(blocks))
         ]
         scale = None if value is None else torch.tensor([value], device=self.device)
         return MLACache.wrap(tensors, lay, scale)
 
-    def _pages(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, pages: bool, run: bool) -> Tensor:
-        """A cache tensor; ``run`` where the rows of a block must follow one another. Bytes keep to multiples of 4."""
+    def _pages(
+        self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, pages: bool, run: bool, mixed: bool
+    ) -> Tensor:
+        """A cache tensor; ``run`` where the rows of a block must follow one another, ``mixed`` where all lie at
+        multiples of 4.
+        """
         blocks, entries, width = shape
         if not pages:
             return self._view(name, shape, (entries * width, width, 1), dtype, 0)
-        mixed = run or self.case.layout.packed is not None
         gap = (4 if mixed else 3) if self.case.strides == "unaligned" else 16
         row = width if run else width + gap
         strides = (entries * row + (gap if run else 32), entries * row, row, 1)
@@ -274,8 +397,16 @@ class Problem:
                 self.k, self.positions, self.table, self.slots, self.index_cache,
                 is_neox=neox, power_of_two_scale=case.power_of_two,
             )  # fmt: skip
+        elif case.op == "gather_cache":
+            provider.gather_cache(
+                self.cache, self.block_table, self.cu_seq_lens, out=self.out, seq_starts=self.seq_starts
+            )  # fmt: skip
+        elif case.op == "convert_cache_":
+            provider.convert_cache_(
+                self.cache, self.to_cache, src_blocks=self.src_blocks, dst_blocks=self.dst_blocks
+            )  # fmt: skip
         else:
-            raise ValueError(f"Case: op: expected one of {', '.join(OP_NAMES)}, got {case.op!r}")
+            raise ValueError(f"Case: op: expected one of {', '.join(NATIVE_OP_NAMES)}, got {case.op!r}")
 
     def differences(self, other: Problem) -> list[str]:
         """One line per buffer in which a byte differs from ``other``'s; the first bad coordinate in each."""
@@ -364,7 +495,8 @@ def matrix() -> Iterator[Case]:
     """The shared matrix.
 
     write_cache_ and rope_write_cache_: activation x format x placement x rope style x strides x rows, in full;
-    decode_prologue: the same with half of the rows. Then the other ops, and rows so long that a GPU's lanes pass over
+    decode_prologue: the same with half of the rows. gather_cache: format x placement x dtype of out x alignment;
+    convert_cache_: format x format x alignment. Then the other ops, and rows so long that a GPU's lanes pass over
     them more than once. Dimensions, block sizes, table and index dtypes, page shapes, uint8 backing and all else that
     an op has go round with the cases, so that each meets each.
     """
@@ -375,6 +507,8 @@ def matrix() -> Iterator[Case]:
     yield from _long_prologues()
     yield from _grouped()
     yield from _indexer()
+    yield from _gathers()
+    yield from _conversions()
 
 
 def _in_place() -> Iterator[Case]:
@@ -515,6 +649,64 @@ def _indexer() -> Iterator[Case]:
         )
 
 
+# More than a GPU's lanes take at a time, in either part.
+_READ_DIMS = (*_DIMS, (1040, 328, 4))
+
+
+def _stored() -> list[tuple[str, Placement]]:
+    return [(f, p) for f in FORMATS for p in get_args(Placement) if p == "concat" or not FORMATS[f].packed]
+
+
+def _gathers() -> Iterator[Case]:
+    axes = itertools.product(_stored(), ACTIVATIONS, ((_STRIDES[0], _STRIDES[0]), (_STRIDES[1], _STRIDES[3])))
+    for number, ((fmt, placement), activation, strides) in enumerate(axes):
+        pick = _picker(number)
+        sequences, tokens = pick(((3, 19), (1, 5), (70, 40), (5, 131), (2, 1)))
+        yield Case(
+            op="gather_cache",
+            layout=_layout(pick(_READ_DIMS), fmt, placement),
+            activation=activation,
+            strides=pick(strides),
+            rows=pick(_ROWS[:2]),
+            index=pick((torch.int64, torch.int32)),
+            tokens=tokens,
+            sequences=sequences,
+            as_bytes=pick((False, True)),
+            pages=pick((False, True)),
+            scale=pick((0.37, None, 2.0**-3)),
+            outputs=pick((_STRIDES[0], _STRIDES[1], _STRIDES[3])),
+            starts=pick((False, True)),
+        )
+
+
+def _conversions() -> Iterator[Case]:
+    pairs = [(f, g) for f in FORMATS for g in FORMATS if f == g or not (FORMATS[f].packed and FORMATS[g].packed)]
+    for number, ((fmt, to), strides) in enumerate(itertools.product(pairs, (_STRIDES[1], _STRIDES[3]))):
+        pick = _picker(number)
+        packed = FORMATS[fmt].packed or FORMATS[to].packed
+        dims = pick(_READ_DIMS)
+        latent, rope_dim = packed.dims if packed else dims[:2]
+        placements: list[Placement] = [
+            pick(get_args(Placement)) if not FORMATS[f].packed else "concat" for f in (fmt, to)
+        ]
+        yield Case(
+            op="convert_cache_",
+            layout=CacheLayout(latent, rope_dim, dims[2], fmt, placements[0]),
+            to=CacheLayout(latent, rope_dim, pick((16, 64, 1, 3, 5)), to, placements[1]),
+            strides=strides,
+            index=pick((torch.int64, torch.int32)),
+            tokens=pick((19, 1, 50, 7)),
+            sequences=pick((3, 1, 2)),
+            as_bytes=pick((False, True)),
+            pages=pick((False, True)),
+            scale=pick((0.37, None, 2.0**-3)),
+            to_bytes=pick((False, True)),
+            to_pages=pick((False, True)),
+            to_scale=pick((None, 0.37, 2.0**-3)),
+            blocks=pick(get_args(Blocks)),
+        )
+
+
 def for_layout(layout: CacheLayout) -> Iterator[Case]:
     """A few cases on one layout: what a backend's cache must pass."""
     for activation in ACTIVATIONS:
@@ -529,3 +721,7 @@ def for_layout(layout: CacheLayout) -> Iterator[Case]:
                 base, norm="fp32", normalised="apart", query=layout.format if FORMATS[layout.format].quantised else None
             )
             yield replace(base, rope="neox", rows="rotate-masked", split=True, in_place=True, pages=True)
+    plain = CacheLayout(layout.kv_lora_rank, layout.rope_dim, 16)
+    yield Case("gather_cache", layout, tokens=19, pages=True, starts=True)
+    yield Case("convert_cache_", plain, to=layout, tokens=19)
+    yield Case("convert_cache_", layout, to=plain, tokens=19, pages=True, blocks="lists")

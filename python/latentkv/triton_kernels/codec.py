@@ -5,8 +5,11 @@ would not do: its interpreter truncates to bf16 and misrounds fp8, and chips lac
 fp8 kinds. All kernels here are launched with ``enable_fp_fusion=False``: every product and sum is rounded by itself.
 
 A ``KIND`` is how an element is stored: "bf16", "fp16" or "fp32" (int16 or int32 bits), "fp8_e4m3fn", "fp8_e4m3fnuz" or
-"fp8_e5m2" (uint8). ``HIP`` says that the code is for an AMD GPU.
+"fp8_e5m2" (uint8). ``HIP`` says that the code is for an AMD GPU, ``CONVERTS`` that the chip's own instructions round to
+bf16 and to the fp8 kinds that are not FNUZ: NVIDIA's from sm_89 on.
 """
+
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
@@ -45,6 +48,17 @@ def div_rn(a, b, HIP: tl.constexpr):
 
 
 @triton.jit
+def apart(x, HIP: tl.constexpr):
+    """A product on its way to fp16, kept apart from the rounding.
+
+    AMD's instruction for both adds a zero, which changes the sign of -0.
+    """
+    if HIP:
+        x = tl.inline_asm_elementwise("", "=v,0", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
 def to_float(bits, KIND: tl.constexpr):
     """The fp32 values of elements; of fp8 before the scale."""
     if KIND == "bf16":
@@ -72,9 +86,11 @@ def to_float(bits, KIND: tl.constexpr):
 
 
 @triton.jit
-def from_float(x, KIND: tl.constexpr):
+def from_float(x, KIND: tl.constexpr, CONVERTS: tl.constexpr = False):
     """The bits of fp32 numbers as elements, rounded to nearest even; fp8 clamps to its finite range."""
-    if KIND == "bf16":
+    if KIND == "bf16" and CONVERTS:
+        code = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    elif KIND == "bf16":
         u = x.to(tl.int32, bitcast=True)
         rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
         code = tl.where((u & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int16)
@@ -82,9 +98,26 @@ def from_float(x, KIND: tl.constexpr):
         code = x.to(tl.float16).to(tl.int16, bitcast=True)
     elif KIND == "fp32":
         code = x.to(tl.int32, bitcast=True)
+    elif CONVERTS and KIND == "fp8_e4m3fn" and x.numel % 4 == 0:
+        code = _convert_four("e4m3", x)
+    elif CONVERTS and KIND == "fp8_e5m2" and x.numel % 4 == 0:
+        code = _convert_four("e5m2", x)
     else:
         code = _encode_fp8(x, KIND)
     return code
+
+
+@triton.jit
+def _convert_four(TYPE: tl.constexpr, x):
+    two: tl.constexpr = "cvt.rn.satfinite." + TYPE + "x2.f32 "
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; " + two + "a, $2, $1; " + two + "b, $4, $3; mov.b32 $0, {a, b}; }",
+        "=r,f,f,f,f",
+        [x],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit

@@ -1,0 +1,377 @@
+"""gather_cache and convert_cache_ in one kernel, which moves rows from slots to slots: for it a gather's output is a
+cache whose blocks hold one row each, found by the row's number.
+
+A program moves some rows, latent vector, rope key and a packed format's scales. All of it is loaded before any of it is
+stored. What both sides store alike is copied as it is; all else becomes fp32 and is stored anew.
+"""
+
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import Arguments, block_counts, check_convert, check_gather, checks_values, convert_slots, gather_slots
+from ..layouts import FORMATS, Format
+from ..reference import parts_of
+from .codec import BITS, apart, div_rn, from_float, kind_of, power_of_two_above, to_float
+from .launch import Launch, Target
+from .update import (
+    Pages,
+    cdiv,
+    greatest_magnitude,
+    of_target,
+    power_of_two,
+    scale_of,
+    wait_for_producer,
+)
+
+WAYS = tl.constexpr(32)  # of the search for a row's sequence: one step finds it among 32, two among 1024
+TILE = 8192  # elements of a program, about: four warps by nine 16-byte accesses a thread, for 16-bit rows of 576
+FEW_ROWS = 4096  # up to here programs are a quarter of that, and one warp
+
+
+class Blocks(NamedTuple):
+    """Which blocks the tokens of runs lie in: [S, columns] numbers below ``limit``; all blocks in order without any."""
+
+    numbers: Tensor | None
+    run_stride: int
+    columns: int
+    limit: int
+
+
+# ---------------------------------------------------------------------------------------------------------- the kernel
+
+
+@triton.jit
+def sequence_of(row, cu_seq_lens, sequences, STEPS: tl.constexpr):
+    """The sequence of each row [n]: how many end at or before it; ``sequences`` past the last end."""
+    found = tl.zeros(row.shape, tl.int32)
+    for step in tl.static_range(STEPS):
+        stride = WAYS ** (STEPS - 1 - step)
+        probe = found[:, None] + (1 + tl.arange(0, WAYS))[None, :] * stride
+        inside = probe <= sequences
+        end = tl.load(cu_seq_lens + probe, mask=inside, other=0)
+        found += tl.sum((inside & (end <= row[:, None])).to(tl.int32), 1) * stride
+    return found
+
+
+@triton.jit
+def find(blocks, run, token, present, SIZE: tl.constexpr):
+    """The block and entry of tokens, and which of these there are."""
+    column = token // SIZE
+    exists = present & (token >= 0) & (column < blocks.columns)
+    if blocks.numbers is None:
+        number = column
+    else:
+        at = run.to(tl.int64) * blocks.run_stride + column
+        number = tl.load(blocks.numbers + at, mask=exists, other=-1)
+    exists = exists & (number >= 0) & (number < blocks.limit)
+    return tl.where(exists, number, 0).to(tl.int64), (token % SIZE).to(tl.int64), exists
+
+
+@triton.jit
+def rows_at(pages, block, entry):
+    """Pointers [n, 1] to rows."""
+    return (pages.data + block * pages.block_stride + entry * pages.entry_stride)[:, None]
+
+
+@triton.jit
+def decoded(x, KIND: tl.constexpr, CONVERTS: tl.constexpr):
+    """codec.to_float, by the chip's own instructions where it has them."""
+    if CONVERTS and KIND == "fp8_e4m3fn":
+        value = x.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif CONVERTS and KIND == "fp8_e5m2":
+        value = x.to(tl.float8e5, bitcast=True).to(tl.float32)
+    else:
+        value = to_float(x, KIND)
+    return value
+
+
+@triton.jit
+def recoded(
+    x, src_scale, dst_scale, SRC: tl.constexpr, DST: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr
+):  # fmt: skip
+    """Elements in another code. A code without a scale of its own has None."""
+    value = decoded(x, SRC, CONVERTS)
+    if src_scale is not None:
+        value = value * tl.load(src_scale)
+    if dst_scale is not None:
+        value = div_rn(value, tl.load(dst_scale), HIP)
+    return from_float(apart(value, HIP), DST, CONVERTS)
+
+
+@triton.jit
+def moved(
+    x, src_scale, dst_scale, SRC: tl.constexpr, DST: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr
+):  # fmt: skip
+    """Elements as the other side stores them: as they are where code and scale are the same."""
+    y = x
+    if SRC != DST:
+        y = recoded(x, src_scale, dst_scale, SRC, DST, HIP, CONVERTS)
+    elif src_scale is not None or dst_scale is not None:  # noqa: SIM102 -- only the next is asked on the device
+        if scale_of(src_scale) != scale_of(dst_scale):
+            y = recoded(x, src_scale, dst_scale, SRC, DST, HIP, CONVERTS)
+    return y
+
+
+@triton.jit
+def untiled(x, scales, SIZE: tl.constexpr, CONVERTS: tl.constexpr):
+    """The fp32 values [n, .] of e4m3fn in tiles of SIZE, with the bits of their scales [n, tiles]."""
+    if scales.dtype == tl.uint8:
+        scales = scales.to(tl.int32) << 23
+    factor = scales.to(tl.float32, bitcast=True)
+    values = decoded(x, "fp8_e4m3fn", CONVERTS).reshape(x.shape[0], factor.shape[1], SIZE)
+    return (values * factor[:, :, None]).reshape(x.shape)
+
+
+@triton.jit
+def tiled(values, SIZE: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr):
+    """fp32 numbers [n, .] as e4m3fn in tiles of SIZE, and the scale [n, tiles] of each: a power of two."""
+    tiles = values.reshape(values.shape[0], values.shape[1] // SIZE, SIZE)
+    amax = greatest_magnitude(tiles.to(tl.int32, bitcast=True))
+    scale = power_of_two_above(tl.maximum(div_rn(amax, tl.full(amax.shape, 448.0, tl.float32), HIP), 1e-4))
+    codes = from_float(div_rn(tiles, scale[:, :, None].broadcast_to(tiles.shape), HIP), "fp8_e4m3fn", CONVERTS)
+    return codes.reshape(values.shape), scale
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "sequences"])
+def move_rows(
+    src, src_rope, src_tiles, src_scale, src_blocks, dst, dst_rope, dst_tiles, dst_scale, dst_blocks,
+    cu_seq_lens, seq_starts, rows, tokens, sequences,
+    ROWS: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, ROPE_WIDTH: tl.constexpr,
+    SRC: tl.constexpr, SRC_ROPE: tl.constexpr, SRC_TILE: tl.constexpr, SRC_SIZE: tl.constexpr,
+    DST: tl.constexpr, DST_ROPE: tl.constexpr, DST_TILE: tl.constexpr, DST_SIZE: tl.constexpr,
+    STEPS: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from src to dst; ``cu_seq_lens``: a gather, in which rows without a block are zeroed."""
+    wait_for_producer(PDL)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < rows
+    row = tl.where(present, row, 0).to(tl.int32)
+    if cu_seq_lens is None:
+        run, token = row // tokens, row % tokens
+    else:
+        run = sequence_of(row, cu_seq_lens, sequences, STEPS)
+        present = present & (run < sequences)
+        token = row.to(tl.int64) - tl.load(cu_seq_lens + run, mask=present, other=0)
+        if seq_starts is not None:
+            token += tl.load(seq_starts + run, mask=present, other=0)
+    block, entry, exists = find(src_blocks, run, token, present, SRC_SIZE)
+    if cu_seq_lens is None:
+        dst_block, dst_entry, write = find(dst_blocks, run, token, present, DST_SIZE)
+        exists = exists & write
+        write = exists
+    else:
+        dst_block, dst_entry, write = row.to(tl.int64), tl.zeros(row.shape, tl.int64), present
+    exists, write = exists[:, None], write[:, None]
+
+    i, j = tl.arange(0, WIDTH)[None, :], tl.arange(0, ROPE_WIDTH)[None, :]
+    latent = tl.load(rows_at(src, block, entry) + i, mask=exists & (i < L), other=0)
+    if R > 0:
+        rope = tl.load(rows_at(src_rope, block, entry) + j, mask=exists & (j < R), other=0)
+    if SRC_TILE > 0:
+        t = tl.arange(0, WIDTH // SRC_TILE)[None, :]
+        scales = tl.load(rows_at(src_tiles, block, entry) + t, mask=exists, other=0)
+
+    if SRC_TILE > 0 and DST_TILE == 0:
+        values = apart(untiled(latent, scales, SRC_TILE, CONVERTS), HIP)
+        if dst_scale is not None:
+            values = div_rn(values, tl.load(dst_scale), HIP)
+        latent = from_float(values, DST, CONVERTS)
+    elif DST_TILE > 0 and SRC_TILE == 0:
+        values = decoded(latent, SRC, CONVERTS)
+        if src_scale is not None:
+            values = values * tl.load(src_scale)
+        latent, scale = tiled(values, DST_TILE, HIP, CONVERTS)
+        scales = scale.to(tl.int32, bitcast=True)
+        if DST_TILE == 64:  # exponents, and a byte that pads them
+            t = tl.arange(0, WIDTH // DST_TILE)[None, :]
+            scales = tl.where(t < L // DST_TILE, scales >> 23, 0).to(tl.uint8)
+    elif SRC_TILE == 0:
+        latent = moved(latent, src_scale, dst_scale, SRC, DST, HIP, CONVERTS)
+    if cu_seq_lens is not None:
+        latent = tl.where(exists, latent, 0)
+    tl.store(rows_at(dst, dst_block, dst_entry) + i, latent, mask=write & (i < L))
+    if R > 0:
+        rope = moved(rope, src_scale, dst_scale, SRC_ROPE, DST_ROPE, HIP, CONVERTS)
+        if cu_seq_lens is not None:
+            rope = tl.where(exists, rope, 0)
+        tl.store(rows_at(dst_rope, dst_block, dst_entry) + j, rope, mask=write & (j < R))
+    if DST_TILE > 0:
+        t = tl.arange(0, WIDTH // DST_TILE)[None, :]
+        tl.store(rows_at(dst_tiles, dst_block, dst_entry) + t, scales, mask=write)
+
+
+# ---------------------------------------------------------------------------------------------------------- launches
+
+
+def part_pages(part: Tensor, dtype: torch.dtype) -> Pages:
+    """A view [B, bs, .] of rows as the kernels take it, of elements of ``dtype``."""
+    size = dtype.itemsize // part.element_size()
+    row = part[0, 0] if part.shape[0] and part.shape[1] else part.new_empty(0)
+    return Pages(row.view(dtype), part.stride(0) // size, part.stride(1) // size)
+
+
+def blocks_of(cache: Tensor, numbers: Tensor | None) -> Blocks:
+    """The blocks of a cache that runs of tokens lie in."""
+    count = cache.shape[0] if cache.shape[-2] else 0
+    run_stride = numbers.stride(0) if numbers is not None and numbers.dim() == 2 else 0
+    return Blocks(numbers, run_stride, block_counts(cache, numbers)[1], count)
+
+
+def _side(
+    name: str, cache: Tensor, rope_cache: Tensor | None, scale: Tensor | None, f: Format, latent_dim: int, rope_dim: int
+) -> dict[str, Any]:
+    """What the kernel takes of src or dst."""
+    code, rope_code = ("fp8_e4m3fn", "bf16") if f.packed else (f.name, f.name)
+    latent, rope, *scales = parts_of(cache, rope_cache, f, latent_dim, rope_dim)
+    tiles = torch.uint8 if f.packed and f.packed.block_multiple else torch.int32
+    return {
+        name: part_pages(latent, BITS[FORMATS[code].dtype.itemsize]),
+        f"{name}_rope": part_pages(rope, BITS[FORMATS[rope_code].dtype.itemsize]) if rope_dim else None,
+        f"{name}_tiles": part_pages(scales[0], tiles) if f.packed else None,
+        f"{name}_scale": scale if f.quantised else None,
+        name.upper(): code,
+        f"{name.upper()}_ROPE": rope_code,
+        f"{name.upper()}_TILE": f.packed.tile if f.packed else 0,
+        f"{name.upper()}_SIZE": max(cache.shape[-2], 1),
+    }
+
+
+def _launch(target: Target, rows: int, latent_dim: int, rope_dim: int, args: dict[str, Any]) -> list[Launch]:
+    width, few = power_of_two(latent_dim), rows <= FEW_ROWS
+    each = max(min(TILE // width, 64) // (4 if few else 1), 1)
+    args |= {"rows": rows, "ROWS": each, "L": latent_dim, "WIDTH": width, "R": rope_dim}
+    args |= {"ROPE_WIDTH": power_of_two(rope_dim), **of_target(target)}
+    warps = 4 if args["cu_seq_lens"] is None else target.num_warps  # conversions take more registers
+    return [Launch(move_rows, (cdiv(rows, each),), args, 1 if few else warps, pdl=target.pdl)]
+
+
+def gather_cache_launches(
+    target: Target,
+    cache: Tensor,
+    rope_cache: Tensor | None,
+    scale: Tensor | None,
+    format: str,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    out: Tensor,
+    kv_lora_rank: int,
+    seq_starts: Tensor | None = None,
+) -> list[Launch]:
+    """The launches of gather_cache; its arguments have been checked."""
+    (rows, width), sequences = out.shape, len(block_table)
+    if not rows or not sequences:
+        return []
+    dims = (kv_lora_rank, width - kv_lora_rank)
+    steps = 1
+    while WAYS.value**steps <= sequences:
+        steps += 1
+    args = {
+        **_side("src", cache, rope_cache, scale, FORMATS[format], *dims),
+        **_side("dst", out[:, None], None, None, FORMATS[kind_of(out.dtype)], *dims),
+        "src_blocks": blocks_of(cache, block_table),
+        "dst_blocks": None,
+        "cu_seq_lens": cu_seq_lens,
+        "seq_starts": seq_starts,
+        "tokens": 0,
+        "sequences": sequences,
+        "STEPS": steps,
+    }
+    return _launch(target, rows, *dims, args)
+
+
+def convert_cache_launches(
+    target: Target,
+    src: Tensor,
+    src_rope: Tensor | None,
+    src_scale: Tensor | None,
+    src_format: str,
+    dst: Tensor,
+    dst_rope: Tensor | None,
+    dst_scale: Tensor | None,
+    dst_format: str,
+    kv_lora_rank: int,
+    rope_dim: int,
+    src_blocks: Tensor | None = None,
+    dst_blocks: Tensor | None = None,
+) -> list[Launch]:
+    """The launches of convert_cache_."""
+    (runs, count), (_, dst_count) = block_counts(src, src_blocks), block_counts(dst, dst_blocks)
+    tokens = min(count * src.shape[-2], dst_count * dst.shape[-2])
+    if not runs * tokens:
+        return []
+    dims = (kv_lora_rank, rope_dim)
+    args = {
+        **_side("src", src, src_rope, src_scale, FORMATS[src_format], *dims),
+        **_side("dst", dst, dst_rope, dst_scale, FORMATS[dst_format], *dims),
+        "src_blocks": blocks_of(src, src_blocks),
+        "dst_blocks": blocks_of(dst, dst_blocks),
+        "cu_seq_lens": None,
+        "seq_starts": None,
+        "tokens": tokens,
+        "sequences": 0,
+        "STEPS": 0,
+    }
+    return _launch(target, runs * tokens, *dims, args)
+
+
+# ------------------------------------------------------------------------------------------------------------- the ops
+
+
+def gather_cache(
+    cache: Tensor,
+    rope_cache: Tensor | None,
+    scale: Tensor | None,
+    format: str,
+    block_table: Tensor,
+    cu_seq_lens: Tensor,
+    out: Tensor,
+    kv_lora_rank: int,
+    seq_starts: Tensor | None = None,
+) -> None:
+    """See :meth:`latentkv.providers.Provider.gather_cache`."""
+    args = Arguments("gather_cache", cache.device)
+    check_gather(args, cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank, seq_starts)
+    if checks_values(cache.device):
+        gather_slots(args, cache, block_table, cu_seq_lens, out, seq_starts)
+    for launch in gather_cache_launches(
+        Target.of(cache.device), cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank,
+        seq_starts,
+    ):  # fmt: skip
+        launch.run()
+
+
+def convert_cache_(
+    src: Tensor,
+    src_rope: Tensor | None,
+    src_scale: Tensor | None,
+    src_format: str,
+    dst: Tensor,
+    dst_rope: Tensor | None,
+    dst_scale: Tensor | None,
+    dst_format: str,
+    kv_lora_rank: int,
+    rope_dim: int,
+    src_blocks: Tensor | None = None,
+    dst_blocks: Tensor | None = None,
+) -> None:
+    """See :meth:`latentkv.providers.Provider.convert_cache_`."""
+    args = Arguments("convert_cache_", src.device)
+    check_convert(
+        args, src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format, kv_lora_rank, rope_dim,
+        src_blocks, dst_blocks,
+    )  # fmt: skip
+    if checks_values(src.device):
+        convert_slots(args, src, dst, src_blocks, dst_blocks)
+    for launch in convert_cache_launches(
+        Target.of(src.device), src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format,
+        kv_lora_rank, rope_dim, src_blocks, dst_blocks,
+    ):  # fmt: skip
+        launch.run()
