@@ -186,7 +186,7 @@ def built(folder: Path, namespace: str) -> Provider:
     """The CPU library of ``folder``, as csrc_cpu/CMakeLists.txt and cmake/torch.cmake make it but for -O3."""
     torch_folder, library = Path(torch.__file__).parent, folder / "mutant.so"
     command = f"""{COMPILER} -std=c++20 -O0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden -w
-        -DTORCH_TARGET_VERSION=0x020A000000000000 -I{folder}/csrc_cpu -I{folder}/csrc_common
+        -DTORCH_TARGET_VERSION=0x020A000000000000 -DLATENTKV_ARCHITECTURES="" -I{folder}/csrc_cpu -I{folder}/csrc_common
         -isystem {torch_folder}/include -x c++ {folder}/csrc_common/{ALL} -x none
         {torch_folder}/lib/libtorch_cpu.so -Wl,--as-needed -Wl,--unresolved-symbols=ignore-in-shared-libs
         -o {library}"""

@@ -128,7 +128,7 @@ def test_limits(arch: str, op: str, activation: str, format: str) -> None:
     found = [
         complaint for v in main_variants(arch, op, activation, format) for limit in LIMITS for complaint in limit(v)
     ]
-    if (arch, op, format) == ("gfx942", "mla_decode", "fp32"):  # which no engine stores; docs/amd.md says that it spills
+    if (arch, op, format) == ("gfx942", "mla_decode", "fp32"):  # docs/amd.md says that it spills
         found = [complaint for complaint in found if "scratch" not in complaint and "spills" not in complaint]
     assert found == []
 

@@ -284,9 +284,7 @@ def verify(
     device: DeviceOption = None,
     provider: Annotated[
         Literal["native", "triton", "reference"] | None,
-        typer.Option(
-            help="Whose ops to check; by default whose serve the device. Triton compiles for most cases."
-        ),
+        typer.Option(help="Whose ops to check; by default whose serve the device. Triton compiles for most cases."),
     ] = None,
     op: Annotated[OpName | None, typer.Option(help="Only this op.")] = None,
     format: Annotated[str | None, typer.Option(help="Only caches of this format.")] = None,
