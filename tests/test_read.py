@@ -808,3 +808,15 @@ def test_every_part_of_a_chain_waits() -> None:
         assert torch.equal(out, rows)
         wanted = (torch.tensor((i + 1) / 0.5).to(torch.float8_e4m3fn).float() * 0.5).item()
         assert out.eq(wanted).all()
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_table_without_columns(name: str) -> None:
+    """It has a block for no token."""
+    provider = getattr(providers, name)
+    cache, table = CacheLayout(8, 2, 4).allocate(2, "cpu"), torch.zeros(1, 0, dtype=torch.int64)
+    with pytest.raises(
+        RuntimeError, match="block_table: expected blocks for token 0 of sequence 0, 4 tokens each, got 0"
+    ):
+        provider.gather_cache(cache, table, torch.tensor([0, 3]), total=3)
+    assert provider.gather_cache(cache, table, torch.tensor([0, 0]), total=0).shape == (0, 10)

@@ -560,17 +560,16 @@ def _slots_of(
     count, size = cache.shape[0], max(cache.shape[-2], 1)
     column = token // size
     inside = (token >= 0) & (column < blocks.shape[1])
+    if missing and checks_values(cache.device) and not inside.all():
+        row = int((~inside).nonzero()[0])
+        expected = f"blocks for token {int(token[row])} of sequence {int(sequence[row])}, {size} tokens each"
+        args.fail(name, expected, f"{blocks.shape[1]} blocks")
     if not blocks.shape[1]:
         return torch.full_like(token, -1)
     number = blocks[sequence, column.clamp(0, blocks.shape[1] - 1)].long()
     bad = inside & ((number >= count) | (missing & (number < 0)))
-    if checks_values(cache.device):
-        if missing and not inside.all():
-            row = int((~inside).nonzero()[0])
-            expected = f"blocks for token {int(token[row])} of sequence {int(sequence[row])}, {size} tokens each"
-            args.fail(name, expected, f"{blocks.shape[1]} blocks")
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            at = f"{int(number[row])} at [{int(sequence[row])}, {int(column[row])}]"
-            args.fail(name, f"block numbers in 0 .. {count - 1}", at)
+    if checks_values(cache.device) and bad.any():
+        row = int(bad.nonzero()[0])
+        at = f"{int(number[row])} at [{int(sequence[row])}, {int(column[row])}]"
+        args.fail(name, f"block numbers in 0 .. {count - 1}", at)
     return torch.where(inside & (number >= 0) & (number < count), number * size + token % size, -1)
