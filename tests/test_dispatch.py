@@ -13,7 +13,7 @@ import pytest
 import torch
 from latentkv.backends import BACKENDS, aiter_problem, layout_for, select_backend
 from latentkv.layouts import FORMATS, CacheLayout
-from latentkv.platform import Platform
+from latentkv.platform import Platform, has_code_for, installed_gpus
 
 SM80, SM86, SM89, SM90, SM100, SM103, SM120 = (Platform("cuda", f"sm_{n}") for n in (80, 86, 89, 90, 100, 103, 120))
 GFX90A, GFX942, GFX950 = (Platform("rocm", f"gfx{n}") for n in ("90a", "942", "950"))
@@ -154,6 +154,61 @@ def test_detect(monkeypatch: pytest.MonkeyPatch, hip: str | None, available: boo
         assert select_backend(heads=16).platform == found
     finally:
         Platform.detect.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "gpu", "expected"),
+    [
+        ("80 90", "sm_90", True),
+        ("80 90", "sm_86", True),
+        ("80 90", "sm_120", True),  # by PTX
+        ("80 90", "sm_75", False),
+        ("90-real", "sm_90", True),
+        ("80-real", "sm_86", True),
+        ("90-real", "sm_100", False),
+        ("80-real 90-virtual", "sm_100", True),
+        ("90a", "sm_90", True),
+        ("90a", "sm_100", False),
+        ("gfx942 gfx950", "gfx942", True),
+        ("gfx942 gfx950", "gfx90a", False),
+        ("gfx942:sramecc+", "gfx942", True),
+        ("", "sm_90", False),
+    ],
+)
+def test_has_code_for(architectures: str, gpu: str, expected: bool) -> None:
+    assert has_code_for(architectures, gpu) is expected
+
+
+def test_installed_gpus_of_rocm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the kernel's driver has them; the processor is a node too."""
+    nodes = []
+    for i, version in enumerate((0, 90402, 90010, 90500, 110000)):
+        nodes.append(tmp_path / str(i))
+        nodes[-1].write_text(f"simd_count 1\ngfx_target_version {version}\n")
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: nodes)
+    assert installed_gpus() == ["gfx942", "gfx90a", "gfx950", "gfx1100"]
+
+
+def test_installed_gpus_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = Mock()
+    nvml.nvmlInit_v2.return_value = nvml.nvmlDeviceGetCount_v2.return_value = 0
+
+    def count(pointer: object) -> int:
+        pointer._obj.value = 2  # type: ignore[attr-defined]
+        return 0
+
+    def capability(gpu: object, major: object, minor: object) -> int:
+        major._obj.value, minor._obj.value = 9, 0  # type: ignore[attr-defined]
+        return 0
+
+    nvml.nvmlDeviceGetCount_v2, nvml.nvmlDeviceGetCudaComputeCapability = count, capability
+    nvml.nvmlDeviceGetHandleByIndex_v2.side_effect = [0, 1]  # the second does not answer
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("latentkv.platform.ctypes.CDLL", lambda name: nvml)
+    assert installed_gpus() == ["sm_90"]
+    monkeypatch.setattr("latentkv.platform.ctypes.CDLL", Mock(side_effect=OSError))
+    assert installed_gpus() == []
 
 
 # ----------------------------------------------------------------------------------------------- layout_for

@@ -554,6 +554,24 @@ def test_a_rocm_torch_loads_the_hip_library(python: Python, tmp_path: Path) -> N
     assert ("{'cuda': 'this torch is built without CUDA or ROCm'}" in done.stdout) == (torch.version.cuda is None)
 
 
+@pytest.mark.skipif(amd.problem() is not None, reason=f"no HIP library: {amd.problem()}")
+def test_a_library_without_code_for_the_gpu(python: Python, tmp_path: Path) -> None:
+    """It is not loaded: Triton serves the GPU."""
+    amd.build_runtime(tmp_path)
+    (tmp_path / "properties").write_text("cpu_cores_count 0\ngfx_target_version 110000\n")
+    rocm = f"""
+import pathlib, torch
+torch.version.hip, torch.version.cuda = "7.1", None
+glob = pathlib.Path.glob
+found = [pathlib.Path({str(tmp_path / "properties")!r})]
+pathlib.Path.glob = lambda self, pattern: found if "kfd" in str(self) else glob(self, pattern)
+import latentkv
+print(latentkv.providers.served_by, latentkv.providers.library_errors)"""
+    done = python(rocm, LD_LIBRARY_PATH=str(tmp_path))
+    assert "'cuda': 'triton'" in done.stdout, done.stderr
+    assert "the library _hip was built for gfx90a gfx942 gfx950, not for this machine's gfx1100" in done.stdout
+
+
 def test_without_libraries_native_cannot_be_had(bare: Path, python: Python) -> None:
     done = python("import latentkv", bare, LATENTKV_PROVIDER="native")
     assert done.returncode != 0

@@ -9,8 +9,6 @@ A ``KIND`` is how an element is stored: "bf16", "fp16" or "fp32" (int16 or int32
 bf16 and to the fp8 kinds that are not FNUZ: NVIDIA's from sm_89 on.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
 
 import torch

@@ -5,8 +5,6 @@ The tokens of a sequence are split into shares, so that few sequences fill a GPU
 for the output, and the softmax is online (FlashAttention, arXiv:2205.14135). :func:`merge` adds the shares up.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
 
 import functools

@@ -3,8 +3,6 @@
 A block of the cache holds its rows' codes, then their scales.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
 
 import triton

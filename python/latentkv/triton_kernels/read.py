@@ -5,8 +5,6 @@ A program moves some rows, latent vector, rope key and a packed format's scales.
 stored. What both sides store alike is copied as it is; all else becomes fp32 and is stored anew.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
 
 from typing import Any, NamedTuple

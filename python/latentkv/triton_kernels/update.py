@@ -9,8 +9,6 @@ position, scale and activations; a row that turns out dead has only been read.
 Tensors reach the kernels as :func:`codec.bits`, with their strides in elements.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
