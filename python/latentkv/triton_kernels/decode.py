@@ -186,16 +186,14 @@ class Tiles:
 
 
 def tiles_for(target: Target, shared_bytes: int, heads: int, q_bytes: int, quantised: bool) -> Tiles:
-    """The tiles for so many heads: without spilled registers worth the name for rows of 576 elements."""
+    """The tiles for so many heads: on an H100 the fastest of those tried (docs/performance.md)."""
     if q_bytes == 4:
         return Tiles(16, 16, 4 if target.hip else 8, 1, 1)
     if shared_bytes < 200 * 1024:
         return Tiles(32 if target.hip and heads > 16 and not quantised else 16, 32, 4, 1, 1)
     if heads <= 16:
-        return Tiles(16, 32, 8 if quantised else 4, 3, 2)
-    if heads <= 32:
-        return Tiles(32, 32, 8, 3, 1)
-    return Tiles(64, 32, 8, 3, 1) if quantised else Tiles(64, 64, 8, 2, 1)
+        return Tiles(16, 64, 8, 3, 1)
+    return Tiles(32, 32, 8, 3, 1) if heads <= 32 else Tiles(64, 64, 8, 2, 1)
 
 
 @functools.cache

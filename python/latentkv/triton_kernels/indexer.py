@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import INDEX_DIM, Arguments, check_indexer
-from .codec import bits, div_rn, from_float, kind_of, power_of_two_above, to_float
+from .codec import bits, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 from .update import (
     Pages,
@@ -84,9 +84,9 @@ def indexer_kernel(
     if POWER_OF_TWO:
         scale = power_of_two_above(scale)
     tl.store(scale_at, scale, mask=write)
-    divisor = scale[:, None].broadcast_to(x.shape)
-    x = from_float(div_rn(x, divisor, HIP), "fp8_e4m3fn", CONVERTS)
-    y = from_float(div_rn(y, divisor, HIP), "fp8_e4m3fn", CONVERTS)
+    divisor = scale[:, None] if CONVERTS else scale[:, None].broadcast_to(x.shape)
+    x = from_float(quotient(x, divisor, HIP, CONVERTS), "fp8_e4m3fn", CONVERTS)
+    y = from_float(quotient(y, divisor, HIP, CONVERTS), "fp8_e4m3fn", CONVERTS)
     if IS_NEOX:
         a_at, b_at = pairs_of(row, R)
         tl.store(a_at, x, mask=write[:, None])

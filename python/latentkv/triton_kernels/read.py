@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import Arguments, block_counts, check_convert, check_gather, checks_values, convert_slots, gather_slots
 from ..layouts import FORMATS, Format
 from ..reference import parts_of
-from .codec import BITS, apart, div_rn, from_float, kind_of, power_of_two_above, to_float
+from .codec import BITS, apart, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 from .update import (
     Pages,
@@ -32,6 +32,7 @@ from .update import (
 WAYS = tl.constexpr(32)  # of the search for a row's sequence: one step finds it among 32, two among 1024
 TILE = 8192  # elements of a program, about: four warps by nine 16-byte accesses a thread, for 16-bit rows of 576
 FEW_ROWS = 4096  # up to here programs are a quarter of that, and one warp
+LEAST_ROWS = 1024  # up to here they are one row, if a row has no less than TILE / 16 elements
 
 
 class Blocks(NamedTuple):
@@ -100,7 +101,7 @@ def recoded(
     if src_scale is not None:
         value = value * tl.load(src_scale)
     if dst_scale is not None:
-        value = div_rn(value, tl.load(dst_scale), HIP)
+        value = quotient(value, tl.load(dst_scale), HIP, CONVERTS)
     return from_float(apart(value, HIP), DST, CONVERTS)
 
 
@@ -134,7 +135,7 @@ def tiled(values, SIZE: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr)
     tiles = values.reshape(values.shape[0], values.shape[1] // SIZE, SIZE)
     amax = greatest_magnitude(tiles.to(tl.int32, bitcast=True))
     scale = power_of_two_above(tl.maximum(div_rn(amax, tl.full(amax.shape, 448.0, tl.float32), HIP), 1e-4))
-    codes = from_float(div_rn(tiles, scale[:, :, None].broadcast_to(tiles.shape), HIP), "fp8_e4m3fn", CONVERTS)
+    codes = from_float(tiles * div_rn(1.0, scale, HIP)[:, :, None], "fp8_e4m3fn", CONVERTS)  # exact
     return codes.reshape(values.shape), scale
 
 
@@ -180,7 +181,7 @@ def move_rows(
     if SRC_TILE > 0 and DST_TILE == 0:
         values = apart(untiled(latent, scales, SRC_TILE, CONVERTS), HIP)
         if dst_scale is not None:
-            values = div_rn(values, tl.load(dst_scale), HIP)
+            values = quotient(values, tl.load(dst_scale), HIP, CONVERTS)
         latent = from_float(values, DST, CONVERTS)
     elif DST_TILE > 0 and SRC_TILE == 0:
         values = decoded(latent, SRC, CONVERTS)
@@ -244,7 +245,7 @@ def _side(
 
 def _launch(target: Target, rows: int, latent_dim: int, rope_dim: int, args: dict[str, Any]) -> list[Launch]:
     width, few = power_of_two(latent_dim), rows <= FEW_ROWS
-    each = max(min(TILE // width, 64) // (4 if few else 1), 1)
+    each = max(min(TILE // width, 64) // (16 if rows <= LEAST_ROWS else 4 if few else 1), 1)
     args |= {"rows": rows, "ROWS": each, "L": latent_dim, "WIDTH": width, "R": rope_dim}
     args |= {"ROPE_WIDTH": power_of_two(rope_dim), **of_target(target)}
     warps = 4 if args["cu_seq_lens"] is None else target.num_warps  # conversions take more registers

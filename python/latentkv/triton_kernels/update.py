@@ -31,7 +31,7 @@ from ..checks import (
     outside,
 )
 from ..layouts import FORMATS, Format
-from .codec import apart, bits, div_rn, from_float, kind_of, power_of_two_above, to_float
+from .codec import apart, bits, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 
 CHUNK = tl.constexpr(256)  # latent elements that a program takes of each of its tokens at a time: 32 partials by 8
@@ -177,7 +177,7 @@ def scaled(x, factor, KIND: tl.constexpr, CODE: tl.constexpr, CONVERTS: tl.const
 @triton.jit
 def divided(x, scale, KIND: tl.constexpr, CODE: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr):
     """Bits as another code, divided by a scale; as they are where the code is their own."""
-    return x if KIND == CODE else from_float(div_rn(to_float(x, KIND), scale, HIP), CODE, CONVERTS)
+    return x if KIND == CODE else from_float(quotient(to_float(x, KIND), scale, HIP, CONVERTS), CODE, CONVERTS)
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def store_tiles(
     values = to_float(x, KIND).reshape(n, tiles, TILE)
     amax = greatest_magnitude(values.to(tl.int32, bitcast=True))
     scale = power_of_two_above(tl.maximum(div_rn(amax, tl.full(amax.shape, 448.0, tl.float32), HIP), 1e-4))
-    codes = from_float(div_rn(values, scale[:, :, None].broadcast_to(values.shape), HIP), "fp8_e4m3fn", CONVERTS)
+    codes = from_float(values * div_rn(1.0, scale, HIP)[:, :, None], "fp8_e4m3fn", CONVERTS)  # exact
     i = c * CHUNK + tl.arange(0, CHUNK)[None, :]
     tl.store(row + i, codes.reshape(n, CHUNK), mask=write & (i < DIM))
     t = c * tiles + tl.arange(0, tiles)[None, :]
