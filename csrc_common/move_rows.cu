@@ -51,8 +51,8 @@ LKV_DEVICE float tile_factor(const Rows& rows, const char* scales, int eight) {
   return bits_float(uint32_t{load<1>(scales + eight / 8).w[0]} << 23);
 }
 
-// fp8 rows that become activations, aligned so that eight elements are one access. Kinds are told apart once: a lane then
-// decodes without a branch what it asked for.
+// fp8 rows that become activations, aligned so that eight elements are one access. Kinds are told apart once: a lane
+// then decodes without a branch what it asked for.
 struct DecodeRows {
   static constexpr int kParts = 1;
   static constexpr int kHeld = 4;  // eights of the latent vector
