@@ -45,97 +45,6 @@ struct CopyRows {
   }
 };
 
-// The scale of the tile that has an eight.
-LKV_DEVICE float tile_factor(const Rows& rows, const char* scales, int eight) {
-  if (rows.tile == 128) return bits_float(load<4>(scales + eight / 16 * 4).w[0]);
-  return bits_float(uint32_t{load<1>(scales + eight / 8).w[0]} << 23);
-}
-
-// fp8 rows that become activations, aligned so that eight elements are one access. Kinds are told apart once: a lane
-// then decodes without a branch what it asked for.
-struct DecodeRows {
-  static constexpr int kParts = 1;
-  static constexpr int kHeld = 4;  // eights of the latent vector
-  Move p;
-
-  template <int>
-  LKV_DEVICE void run(Group group) const {
-    wait_for_producer();
-    const Rows &from = p.from.rows, &to = p.to.rows;
-    const float scale = from.scale ? *from.scale : 1.f;
-    const Move::Plan plan = p.plan(group);
-    if (!plan.moves) return;
-    const char* const latent = from.latent.at(plan.from.block, plan.from.entry);
-    const char* const rope = from.rope.at(plan.from.block, plan.from.entry);
-    const char* const scales = from.scales.at(plan.from.block, plan.from.entry);
-    char* const latent_to = to.latent.at(plan.to.block, plan.to.entry);
-    char* const rope_to = to.rope.at(plan.to.block, plan.to.entry);
-    const bool quantised_rope = from.rope_code != Code::verbatim;
-
-    for (int i = group.lane, c = group.lane; 8 * i < p.latent_dim || 8 * c < p.rope_dim;
-         i += kHeld * group.lanes, c += group.lanes) {
-      Eight<Kind> x[kHeld] = {};  // zeros, where there is nothing to read
-      float factor[kHeld] = {};
-      Eight<Bf16> key{};
-      if (plan.reads) {
-        LKV_UNROLL
-        for (int k = 0; k < kHeld; ++k) {
-          const int at = i + k * group.lanes;
-          if (8 * at >= p.latent_dim) continue;
-          x[k] = load<8>(latent + 8 * at);
-          factor[k] = from.tile ? tile_factor(from, scales, at) : scale;
-        }
-        if (8 * c < p.rope_dim) {
-          if (quantised_rope) {
-            const Eight<Kind> codes = load<8>(rope + 8 * c);
-            key.w[0] = codes.w[0], key.w[1] = codes.w[1];
-          } else {
-            key = load<16>(rope + 16 * c);
-          }
-        }
-      }
-      const auto decode = [&](auto kind, auto activation) LKV_INLINE {
-        using K = decltype(kind);
-        using A = decltype(activation);
-        LKV_UNROLL
-        for (int k = 0; k < kHeld; ++k) {
-          const int at = i + k * group.lanes;
-          if (8 * at < p.latent_dim) store_activations<K, A>(latent_to, x[k], factor[k], at, p.latent_dim);
-        }
-        if (8 * c >= p.rope_dim) return;
-        if (quantised_rope) {
-          store_activations<K, A>(rope_to, Eight<K>{key.w[0], key.w[1]}, scale, c, p.rope_dim);
-        } else {
-          store_activations<Bf16, A>(rope_to, key, 1.f, c, p.rope_dim);
-        }
-      };
-      const auto with_kind = [&](auto activation) LKV_INLINE {
-        if (from.code == Code::e4m3fn) return decode(E4M3FN{}, activation);
-        from.code == Code::e4m3fnuz ? decode(E4M3FNUZ{}, activation) : decode(E5M2{}, activation);
-      };
-      if (p.to.type == ScalarType::BFloat16) {
-        with_kind(Bf16{});
-      } else {
-        p.to.type == ScalarType::Half ? with_kind(Fp16{}) : with_kind(Fp32{});
-      }
-    }
-  }
-
- private:
-  using Kind = E4M3FN;  // for its size
-
-  template <class K, class A>
-  LKV_DEVICE static void store_activations(char* part, const Eight<K>& eight, float factor, int at, int dim) {
-    float values[8];
-    to_floats<K, 8>(eight, values);
-    if constexpr (K::bytes == 1) {
-      LKV_UNROLL
-      for (int j = 0; j < 8; ++j) values[j] = mul_rn(values[j], factor);
-    }
-    store_eight<A::bytes == 4 ? 4 : 8>(part, from_floats<A, 8>(values), at, dim);
-  }
-};
-
 // Rows that are stored otherwise on the two sides. Elements become fp32, eight at a time; n is 8, or 1 where they do
 // not lie so that eight of them are an access of up to 16 bytes, or two. `bytes`: of what is read an element has as
 // many, or less: 2 or 4.
@@ -185,7 +94,7 @@ struct ConvertRows {
           for (int k = 0; k < kTaken; ++k) {
             const int at = i + t * step + k * group.lanes;
             x[t][k].factor = scale;
-            if (from.tile && t < kTurns && 8 * at < p.latent_dim) x[t][k].factor = tile_factor(from, scales, at);
+            if (from.tile && t < kTurns && 8 * at < p.latent_dim) x[t][k].factor = tile_factor(scales, at);
           }
         }
       }
@@ -215,6 +124,12 @@ struct ConvertRows {
   }
 
  private:
+  // The scale of the tile that has an eight.
+  LKV_DEVICE float tile_factor(const char* scales, int eight) const {
+    if (p.from.rows.tile == 128) return bits_float(load<4>(scales + eight / 16 * 4).w[0]);
+    return bits_float(uint32_t{load<1>(scales + eight / 8).w[0]} << 23);
+  }
+
   // Calls f with an element type of the size of what is read.
   template <class F>
   LKV_DEVICE void with_size(Code code, const F& f) const {
@@ -417,9 +332,6 @@ void launch_move(Move move, int device) {
   const auto convert = [&]<int n, int bytes>() {
     with.template operator()<ConvertRows<n, bytes>>(eights, ConvertRows<n, bytes>::kHeld);
   };
-  if (aligned && from.code != Code::verbatim && to.code == Code::verbatim && !to.tile) {
-    return with.template operator()<DecodeRows>(eights, DecodeRows::kHeld);
-  }
   if (from.code == Code::verbatim && move.from.type == ScalarType::Float) {
     return aligned ? convert.template operator()<8, 4>() : convert.template operator()<1, 4>();
   }

@@ -24,15 +24,15 @@ from latentkv.testing.matrix import ACTIVATIONS, Strides
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "amd.md"
 ARCHS = ("gfx90a", *amd.ARCHS)
-FAMILIES = ("update", "prologue", "grouped", "indexer", "copy", "decode", "convert")
-MOVING = ("copy", "decode", "convert")  # families of gather_cache and convert_cache_
+FAMILIES = ("update", "prologue", "grouped", "indexer", "copy", "convert")
+MOVING = ("copy", "convert")  # families of gather_cache and convert_cache_
 
 # HBM bandwidth from AMD's data sheets, bytes a second.
 CHIPS = {"gfx942": ("MI300X", 5.3e12), "gfx950": ("MI355X", 8.0e12)}
 
 _NAME = re.compile(
-    r"run_lane_groupsINS_\d+(CacheUpdate|GroupedWrite|IndexerWrite|CopyRows|DecodeRows|ConvertRows)"
-    r"(?:I(?:NS_\d(Bf16|Fp16|Fp32)E)?((?:L[ib]\d+E)+))?"
+    r"run_lane_groupsINS_\d+(CacheUpdate|GroupedWrite|IndexerWrite|CopyRows|ConvertRows)"
+    r"I(?:NS_\d(Bf16|Fp16|Fp32)E)?((?:L[ib]\d+E)+)"
 )
 _BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 NATIVE_KINDS = {  # fp8 kinds that a chip has an instruction for
@@ -82,12 +82,12 @@ class Variant(Code):
     """A kernel and its template arguments.
 
     Attributes:
-        family: update (the ops in place), prologue, grouped, indexer; copy, decode or convert, which move rows.
-        activation: a key of ACTIVATIONS. Of decode, it stands here as bf16; of convert, fp32, or bf16 for smaller ones.
-        n: elements of a chunk: 16 bytes of them (the vector path), or 1. Of copy, bytes: 16, 4 or 1. Of decode and
-            convert, the eight that lie together, or 1.
+        family: update (the ops in place), prologue, grouped, indexer; copy or convert, which move rows.
+        activation: a key of ACTIVATIONS. Of convert, fp32 or what is smaller, which stands here as bf16.
+        n: elements of a chunk: 16 bytes of them (the vector path), or 1. Of copy, bytes: 16, 4 or 1. Of convert, the
+            eight that lie together, or 1.
         angle_bytes: of an entry of the cos/sin table; 0 where nothing is rotated.
-        copies: whether it only stores things as they are. Others, but decode, hold the encoders of all codes.
+        copies: whether it only stores things as they are. Others hold the encoders of all codes.
     """
 
     family: str
@@ -108,7 +108,7 @@ class Variant(Code):
     @property
     def native(self) -> dict[str, str]:
         """Kinds that it encodes by the chip's own instruction. The indexer's keys are e4m3fn."""
-        kinds = {} if self.copies or self.family == "decode" else NATIVE_KINDS[self.kernel.arch]
+        kinds = {} if self.copies else NATIVE_KINDS[self.kernel.arch]
         return {k: name for k, name in kinds.items() if self.family != "indexer" or k == "e4m3fn"}
 
     @property
@@ -116,7 +116,7 @@ class Variant(Code):
         """Whether it can write the packed formats, which take bf16."""
         if self.family == "convert":
             return True
-        return self.family not in ("indexer", "decode") and self.activation == "bf16" and not self.copies
+        return self.family != "indexer" and self.activation == "bf16" and not self.copies
 
 
 def variants(arch: str) -> list[Variant]:
@@ -125,9 +125,6 @@ def variants(arch: str) -> list[Variant]:
     for name, kernel in amd.shipped(arch).items():
         match = _NAME.search(name)
         assert match, f"{name}: no kernel that this script knows"
-        if match[1] == "DecodeRows":
-            found.append(Variant(kernel, "decode", "bf16", 8, 0, False))
-            continue
         n, *rest = (int(x) for x in re.findall(r"L[ib](\d+)E", match[3]))
         if match[1] == "CopyRows":
             found.append(Variant(kernel, "copy", "bf16", n, 0, True))

@@ -33,7 +33,6 @@ WAVES = {
     ("indexer", "vector"): 8,
     ("indexer", "scalar"): 8,
     ("copy", "copies"): 8,
-    ("decode", "vector"): 8,
     ("convert", "vector"): 5,
     ("convert", "scalar"): 5,
 }
@@ -56,7 +55,6 @@ def test_the_library_holds_what_it_should(arch: str) -> None:
                 wanted.append(("indexer", a, n, angle, False))
                 wanted += [(f, a, n, angle, c) for f in ("update", "prologue") for c in {False, n > 1}]
     wanted += [("copy", "bf16", n, 0, True) for n in (16, 4, 1)]
-    wanted += [("decode", "bf16", 8, 0, False)]
     wanted += [("convert", a, n, 0, False) for n in (8, 1) for a in ("bf16", "fp32")]
     assert sorted(found) == sorted(wanted)
 
@@ -85,7 +83,7 @@ def instructions(v: Variant) -> list[str]:
 def counts(v: Variant) -> list[str]:
     """Lanes meet only in a reduction; divisions and roots are those of the text."""
     norm = v.family == "prologue"
-    scales = 0 if v.copies else {"decode": 0, "convert": 1}.get(v.family, 2)  # of latent vector and key; the indexer's
+    scales = 0 if v.copies else 1 if v.family == "convert" else 2  # of latent vector and key, or of the indexer
     lanes = min(64 // v.n, 32)  # of an indexer's group
     meetings = lanes.bit_length() - 1 if v.family == "indexer" else 5 * (norm or v.family in MOVING)  # or a search
     if v.stores_tiles:  # two tiles of 16 lanes at a time, or two of 8, by one encoder; of convert one
@@ -115,8 +113,6 @@ def stores(v: Variant) -> list[str]:
     wanted |= {(4, False), (1, False)} if v.stores_tiles else set()
     if v.family == "copy":
         wanted = {(v.n, True), (4, False)}
-    elif v.family == "decode":
-        wanted = {(16, True)}
     elif v.family == "convert":  # to 8, 16 or 32 bits an element
         wanted = {(size, True) for size in ((8, 16) if v.n == 8 else (1, 2, 4))} | {(4, False), (1, False)}
     found = {(size, nt) for kind, size, nt in v.accesses if kind == "store"}
@@ -132,8 +128,7 @@ def loads(v: Variant) -> list[str]:
         # Four eights of a latent vector and one of a key, or four chunks. Words: low and high of cu_seq_lens and starts
         # and the tables; the scales of tiles have four bytes or one.
         words = 13 if v.family == "copy" else 16
-        keys = {"bf16": 5, "fp32": 10}[v.activation] if v.family == "convert" else 1  # rows in 16 bits, or only keys
-        eights = {8: 5, 16: keys, 1: 4}
+        eights = {8: 5, 16: 5 if v.activation == "bf16" else 10, 1: 4}
         limits = Counter({4: words}) + Counter({v.n: 4} if v.family == "copy" else eights)
         return [] if found == limits else [f"{v}: loads {dict(found)}, not {dict(limits)}"]
     # A part with heads asks for two chunks before its loop and in it, so does q_nope; a latent vector for two pieces of
