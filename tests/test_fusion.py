@@ -1201,7 +1201,8 @@ def key_rotated_twice(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c, k_pe)
 
 
-@tricky()
+# In 16 bits PyTorch 2.11 forgets the rounding between the two (pytorch#176565), with the pass or without.
+@tricky(activation="fp32", format="fp32")
 def both_rotated_twice(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
     q, k_pe = turn_all(t, *turn_all(t, q, k_pe))
