@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import latentkv
 import pytest
 from conftest import Python
 from latentkv import CacheLayout
@@ -207,6 +208,18 @@ def ptxas(code: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
+def lines_of(instruction: str, ptx: str) -> set[str]:
+    """The lines of Python that an instruction was made of."""
+    where, found = ("", ""), set()
+    for line in ptx.splitlines():
+        if match := re.search(r"\.loc\s.*// (\w+\.py):(\d+)", line):
+            where = match.groups()
+        if instruction in line:
+            found.add(where)
+    folder = Path(latentkv.__file__).with_name("triton_kernels")
+    return {(folder / name).read_text().splitlines()[int(number) - 1] for name, number in found}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -216,7 +229,8 @@ def test_compiles(variant: str, name: str) -> None:
     code = compiled(launch, name).asm
     if name == "sm_90":
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in ptxas(code["ptx"])
-        assert "ld.global.v4.b32" in code["ptx"] and ".ftz" not in code["ptx"] and "fma.rn.f32" not in code["ptx"]
+        assert "ld.global.v4.b32" in code["ptx"] and ".ftz" not in code["ptx"]
+        assert all("tl.fma(" in line for line in lines_of("fma.rn", code["ptx"]))  # none but those that are written
         assert not re.search(r"ld\.global\.b(8|16)\b", code["ptx"])
         assert code["ptx"].index("griddepcontrol.wait") < code["ptx"].index("ld.global")
     else:

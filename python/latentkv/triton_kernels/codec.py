@@ -2,7 +2,8 @@
 
 Tensors reach the kernels as integers of their size, so that what is copied stays as it is. Triton's own casts
 would not do: its interpreter truncates to bf16 and misrounds fp8, and chips lack conversions for the other vendor's
-fp8 kinds. All kernels here are launched with ``enable_fp_fusion=False``: every product and sum is rounded by itself.
+fp8 kinds. All kernels here are launched with ``enable_fp_fusion=False``: every product and sum is rounded by itself,
+unless tl.fma is asked for.
 
 A ``KIND`` is how an element is stored: "bf16", "fp16" or "fp32" (int16 or int32 bits), "fp8_e4m3fn", "fp8_e4m3fnuz" or
 "fp8_e5m2" (uint8). ``HIP`` says that the code is for an AMD GPU, ``CONVERTS`` that the chip's own instructions round to
