@@ -124,8 +124,6 @@ class Reader:
     def layout(self) -> lk.CacheLayout:
         """Of its backend."""
         dims = {"kv_lora_rank": self.model.kv_lora_rank, "rope_dim": self.model.rope_dim}
-        if self.whole_values:  # no backend of ours: packed rows of a model whose engines choose by themselves
-            return lk.CacheLayout(**dims, block_size=64, format=self.format)
         return lk.layout_for(self.backend, **dims, format=self.format)
 
 
@@ -223,8 +221,7 @@ def flashmla_readers(folder: Path, package: str) -> Iterator[Reader]:
     yield Reader("FlashMLA dense", package, "FLASHMLA", "bf16", dense)
     yield Reader("FlashMLA dense", package, "FLASHMLA", "fp16", dense)
     yield Reader("FlashMLA sparse", package, "FLASHMLA_SPARSE", "fp8_ds_mla", sparse, dense=False)
-    v4 = "FLASHMLA_SPARSE, DeepSeek-V4"
-    yield Reader("FlashMLA sparse", package, v4, "fp8_model1", sparse, whole_values=True, dense=False)
+    yield Reader("FlashMLA sparse", package, "V4_FLASHMLA_SPARSE", "fp8_model1", sparse, whole_values=True, dense=False)
 
 
 def flashmla_fp8_readers(folder: Path, package: str) -> Iterator[Reader]:
