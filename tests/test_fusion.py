@@ -372,6 +372,7 @@ class Program:
             (self.gathered == "op") != op,
             self.is_neox and not op,
             self.take in ("assigned", "flat") and not op,
+            self.take == "flat" and self.dims.n == self.dims.h == 1,  # PyTorch will not copy a single row onto itself
             not op and (self.upcast == "none") == short,
             self.upcast == "assigned" and (self.take != "slice" or self.key[0] == "3"),
             self.rope.startswith("vllm") and (not short or self.table == "fp32"),
