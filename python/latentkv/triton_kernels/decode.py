@@ -186,7 +186,11 @@ class Tiles:
 
 
 def tiles_for(target: Target, shared_bytes: int, heads: int, q_bytes: int, quantised: bool) -> Tiles:
-    """The tiles for so many heads: on an H100 the fastest of those tried, or 12 % from it (docs/performance.md)."""
+    """The tiles for so many heads.
+
+    For up to 16 and for more than 32, and not fp32, they are on an H100 the fastest of those tried, or 12 % from it
+    (docs/performance.md). The others have as few spilled registers as could be had for rows of 576 elements.
+    """
     if q_bytes == 4:
         return Tiles(16, 16, 4 if target.hip else 8, 1, 1)
     if shared_bytes < 200 * 1024:
