@@ -25,8 +25,8 @@ from typing import Annotated, Any, cast
 import latentkv as lk
 import torch
 import typer
-from latentkv.bench import FUSED, VLLM, Bench, environment, provider_call, rope_table, time_calls
-from latentkv.bench.contenders import in_turn, pair_call, plain_call, plain_update
+from latentkv.cli.benchmark import FUSED, VLLM, Bench, environment, provider_call, rope_table, time_calls
+from latentkv.cli.benchmark.contenders import in_turn, pair_call, plain_call, plain_update
 from latentkv.models import Model, model
 from latentkv.testing.mla import DIRECT, Batch, MLAAttention, Style, decode_attention, forward_context
 from rich.console import Console

@@ -25,9 +25,9 @@ import latentkv as lk
 import torch
 import typer
 from latentkv import providers
-from latentkv.bench import environment, rope_table, time_calls
-from latentkv.bench.timing import streamed_bandwidth
-from latentkv.layouts import FORMATS
+from latentkv.cache.layouts import FORMATS
+from latentkv.cli.benchmark import environment, rope_table, time_calls
+from latentkv.cli.benchmark.timing import streamed_bandwidth
 from latentkv.models import Model, model
 from rich.console import Console
 from rich.table import Table

@@ -1,5 +1,5 @@
 // Argument checks on the host. Every failure says the op, the argument, what was expected and what came, and is raised
-// before anything is written. python/latentkv/checks.py states the same rules for the providers written in Python.
+// before anything is written. python/latentkv/ops/checks.py states the same rules for the providers written in Python.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

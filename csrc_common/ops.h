@@ -1,4 +1,4 @@
-// The ops, as their schemas in python/latentkv/ops.py have them.
+// The ops, as their schemas in python/latentkv/ops/schemas.py have them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

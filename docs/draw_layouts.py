@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from latentkv.checks import INDEX_DIM
-from latentkv.layouts import FORMATS, CacheLayout, MLACache
+from latentkv.cache.layouts import FORMATS, CacheLayout, MLACache
+from latentkv.ops.checks import INDEX_DIM
 
 Kind = Literal["latent", "rope", "scales", "rest"]
 

@@ -27,7 +27,7 @@ from cdna.code_object import CodeObject, Kernel
 from cdna.machine import ARCHS as ARCHS
 from cdna.machine import dispatch
 from cdna.memory import Memory
-from latentkv import ops
+from latentkv.ops import schemas as ops
 from latentkv.providers import Provider
 from torch import Tensor
 

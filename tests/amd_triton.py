@@ -28,8 +28,8 @@ from cdna.code_object import CodeObject, Kernel
 from cdna.machine import dispatch
 from cdna.memory import Memory
 from cdna.state import LANES
-from latentkv import ops
-from latentkv.layouts import FORMATS
+from latentkv.cache.layouts import FORMATS
+from latentkv.ops import schemas as ops
 from latentkv.providers import Provider
 from latentkv.testing import Case, Problem
 from latentkv.testing.matrix import ACTIVATIONS, formats_for
@@ -110,7 +110,7 @@ def kernarg(code: Compiled, args: dict[str, Any]) -> bytes:
 @contextmanager
 def in_place_of_run(run: Callable[[Any], None]) -> Iterator[None]:
     """Ops make their launches for an AMD GPU, whatever their tensors' device, and ``run`` takes them."""
-    from latentkv.triton_kernels.launch import Launch, Target
+    from latentkv.ops.triton.launch import Launch, Target
 
     with (
         mock.patch.object(Launch, "run", lambda launch: run(launch)),
@@ -148,7 +148,7 @@ def chip(arch: str) -> Chip:
 @functools.cache
 def provider(arch: str) -> Provider:
     """The Triton kernels on an emulated ``arch``; attention's matrix instructions are not emulated."""
-    gpu, kernels = chip(arch), importlib.import_module("latentkv.triton_kernels")
+    gpu, kernels = chip(arch), importlib.import_module("latentkv.ops.triton")
 
     def emulated(name: str) -> Any:
         overload = getattr(getattr(torch.ops, ops.NAMESPACE), name).default

@@ -18,7 +18,7 @@ import amd
 import torch
 from cdna.code_object import Kernel
 from latentkv import CacheLayout
-from latentkv.layouts import FORMATS
+from latentkv.cache.layouts import FORMATS
 from latentkv.testing import Case, Problem
 from latentkv.testing.matrix import ACTIVATIONS, Strides
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import on_cpu
 from latentkv import CacheLayout
-from latentkv.layouts import FORMATS, MLACache
+from latentkv.cache.layouts import FORMATS, MLACache
 from latentkv.providers import Provider
 from latentkv.testing import POISON, Case, Problem
 from torch import Tensor

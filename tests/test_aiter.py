@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from latentkv import CacheLayout, MLACache, Platform, build_cos_sin_cache, layout_for
-from latentkv.backends import BACKENDS, aiter_problem
-from latentkv.layouts import FORMATS
+from latentkv.cache.backends import BACKENDS, aiter_problem
+from latentkv.cache.layouts import FORMATS
 from latentkv.providers import Provider
 from latentkv.testing import assert_same_bytes
 from torch import Tensor

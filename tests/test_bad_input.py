@@ -14,7 +14,7 @@ import latentkv
 import pytest
 import torch
 from latentkv import CacheLayout, MLACache, layout_for, providers, select_backend
-from latentkv.layouts import FORMATS
+from latentkv.cache.layouts import FORMATS
 from torch import Tensor
 
 N, H, L, R, T, G, BLOCKS, BLOCK_SIZE, MAX_POSITION = 4, 3, 16, 8, 3, 2, 3, 4, 10

@@ -15,8 +15,10 @@ from typing import Any, get_args
 import engine_ops
 import pytest
 import torch
-from latentkv import CacheLayout, providers, reference
-from latentkv.bench import (
+from latentkv import CacheLayout, providers
+from latentkv.cache.layouts import FORMATS
+from latentkv.cli import OpName
+from latentkv.cli.benchmark import (
     FUSED,
     INDEXER,
     OPS,
@@ -38,12 +40,11 @@ from latentkv.bench import (
     timing,
     write_csv,
 )
-from latentkv.bench.contenders import plain_call, plain_prologue, plain_update, provider_call, torch_op_call
-from latentkv.bench.inputs import GROUPED, LAYERS, IndexerKeys, Layers, Prologue, bytes_moved
-from latentkv.cli import OpName
-from latentkv.layouts import FORMATS
+from latentkv.cli.benchmark.contenders import plain_call, plain_prologue, plain_update, provider_call, torch_op_call
+from latentkv.cli.benchmark.inputs import GROUPED, LAYERS, IndexerKeys, Layers, Prologue, bytes_moved
 from latentkv.models import MODELS, model
-from latentkv.ops import OP_NAMES
+from latentkv.ops import reference
+from latentkv.ops.schemas import OP_NAMES
 from latentkv.testing import assert_same_bytes
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ MODEL1 = CacheLayout(448, 64, 64, "fp8_model1")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times too short to mean anything."""
     monkeypatch.setattr(timing, "_CPU_SECONDS", 0.0)
-    monkeypatch.setattr("latentkv.bench.streamed_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr("latentkv.cli.benchmark.streamed_bandwidth", lambda device: 100.0)
 
 
 def bench(name: str = "deepseek-v3", *peers: VLLM | FlashInfer) -> Bench:

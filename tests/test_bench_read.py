@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from latentkv import CacheLayout, MLACache, layout_for, providers, reference
-from latentkv.bench import CONVERT, GATHER, OPS, VARIANTS, VLLM, Bench, timing
-from latentkv.bench.contenders import provider_call, torch_op_call
-from latentkv.bench.inputs import CONVERSIONS, Conversion, Gather, bytes_moved, random_inputs, random_rows
+from latentkv import CacheLayout, MLACache, layout_for, providers
 from latentkv.cli import app
+from latentkv.cli.benchmark import CONVERT, GATHER, OPS, VARIANTS, VLLM, Bench, timing
+from latentkv.cli.benchmark.contenders import provider_call, torch_op_call
+from latentkv.cli.benchmark.inputs import CONVERSIONS, Conversion, Gather, bytes_moved, random_inputs, random_rows
 from latentkv.models import model
+from latentkv.ops import reference
 from latentkv.testing import assert_same_bytes
 from typer.testing import CliRunner
 
@@ -30,7 +31,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "readers.py"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times too short to mean anything."""
     monkeypatch.setattr(timing, "_CPU_SECONDS", 0.0)
-    monkeypatch.setattr("latentkv.bench.streamed_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr("latentkv.cli.benchmark.streamed_bandwidth", lambda device: 100.0)
 
 
 def inputs(op: str, variant: str, layout: CacheLayout, tokens: int, seed: int = 0) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from latentkv import Platform, providers
-from latentkv.bench import OPS, QUERYLESS, VARIANTS, read_csv, timing
 from latentkv.cli import app
+from latentkv.cli.benchmark import OPS, QUERYLESS, VARIANTS, read_csv, timing
 from typer.testing import CliRunner
 
 PNG = b"\x89PNG"
@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.delenv("LATENTKV_BACKEND", raising=False)
     monkeypatch.setattr(timing, "_CPU_SECONDS", 0.0)
-    monkeypatch.setattr("latentkv.bench.streamed_bandwidth", lambda device: 100.0)
+    monkeypatch.setattr("latentkv.cli.benchmark.streamed_bandwidth", lambda device: 100.0)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
 

@@ -10,9 +10,10 @@ from unittest import mock
 import pytest
 import torch
 from interpreted import DEVICE, can_run, elsewhere, in_triton, passes_interpreted
-from latentkv import CacheLayout, MLACache, checks
-from latentkv.layouts import FORMATS
-from latentkv.ops import NAMESPACE
+from latentkv import CacheLayout, MLACache
+from latentkv.cache.layouts import FORMATS
+from latentkv.ops import checks
+from latentkv.ops.schemas import NAMESPACE
 from latentkv.providers import Provider, reference, triton
 from torch import Tensor
 
@@ -168,14 +169,14 @@ def test_heads(heads: int, reader: Provider) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 5, 33])
 def test_shares(splits: int) -> None:
     """Of one tile or many, empty ones, and the last one not full; more of them than the merge takes at a time."""
-    with mock.patch("latentkv.triton_kernels.decode.split_count", return_value=splits):
+    with mock.patch("latentkv.ops.triton.decode.split_count", return_value=splits):
         Query(lengths=(150, 0, 33), columns=3, heads=2).check(triton)
 
 
 @in_triton
 def test_split_count() -> None:
     """Enough shares to keep a GPU busy, never more than tiles of tokens."""
-    from latentkv.triton_kernels.decode import split_count
+    from latentkv.ops.triton.decode import split_count
 
     assert split_count(1, 264, 1000) >= 240 and split_count(1, 264, 5) == 5
     assert split_count(128, 132, 1000) == 1 and split_count(256, 132, 100) <= 8 and split_count(5000, 132, 100) == 1

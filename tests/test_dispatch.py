@@ -11,9 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from latentkv.backends import BACKENDS, aiter_problem, layout_for, select_backend
-from latentkv.layouts import FORMATS, CacheLayout
-from latentkv.platform import Platform, has_code_for, installed_gpus
+from latentkv.cache.backends import BACKENDS, aiter_problem, layout_for, select_backend
+from latentkv.cache.layouts import FORMATS, CacheLayout
+from latentkv.cache.platform import Platform, has_code_for, installed_gpus
 
 SM80, SM86, SM89, SM90, SM100, SM103, SM120 = (Platform("cuda", f"sm_{n}") for n in (80, 86, 89, 90, 100, 103, 120))
 GFX90A, GFX942, GFX950 = (Platform("rocm", f"gfx{n}") for n in ("90a", "942", "950"))
@@ -205,9 +205,9 @@ def test_installed_gpus_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.nvmlDeviceGetCount_v2, nvml.nvmlDeviceGetCudaComputeCapability = count, capability
     nvml.nvmlDeviceGetHandleByIndex_v2.side_effect = [0, 1]  # the second does not answer
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("latentkv.platform.ctypes.CDLL", lambda name: nvml)
+    monkeypatch.setattr("latentkv.cache.platform.ctypes.CDLL", lambda name: nvml)
     assert installed_gpus() == ["sm_90"]
-    monkeypatch.setattr("latentkv.platform.ctypes.CDLL", Mock(side_effect=OSError))
+    monkeypatch.setattr("latentkv.cache.platform.ctypes.CDLL", Mock(side_effect=OSError))
     assert installed_gpus() == []
 
 

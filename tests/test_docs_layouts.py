@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from latentkv.backends import BACKENDS
-from latentkv.layouts import CacheLayout, MLACache
+from latentkv.cache.backends import BACKENDS
+from latentkv.cache.layouts import CacheLayout, MLACache
 from latentkv.testing import reference
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import Python
 from latentkv import CacheLayout, MLACache, providers
+from latentkv.cache.layouts import FORMATS
 from latentkv.compile import layer_index, layers, step
-from latentkv.layouts import FORMATS
-from latentkv.ops import LAYER_OP_NAMES, NAMESPACE, NATIVE_NAMESPACE
+from latentkv.ops.schemas import LAYER_OP_NAMES, NAMESPACE, NATIVE_NAMESPACE
 from latentkv.testing import Case, Problem, assert_same_bytes
 from test_ops import need_compiler, on_meta
 from torch import Tensor, nn

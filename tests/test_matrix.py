@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import AMD, TARGETS
 from latentkv import providers
-from latentkv.layouts import FORMATS, CacheLayout
-from latentkv.ops import NATIVE_OP_NAMES
+from latentkv.cache.layouts import FORMATS, CacheLayout
+from latentkv.ops.schemas import NATIVE_OP_NAMES
 from latentkv.providers import Provider
 from latentkv.testing import Case, Problem, for_layout, matrix
 from latentkv.testing.matrix import ACTIVATIONS, formats_for

@@ -16,8 +16,9 @@ import amd
 import pytest
 import torch
 from cdna.memory import MemoryFault
-from latentkv import CacheLayout, ops, providers
-from latentkv.layouts import FORMATS
+from latentkv import CacheLayout, providers
+from latentkv.cache.layouts import FORMATS
+from latentkv.ops import schemas as ops
 from latentkv.providers import Provider
 from latentkv.testing import Case, Problem, check, first_difference, matrix
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import Python
 from latentkv import CacheLayout, MLACache, providers
+from latentkv.cache.layouts import FORMATS
 from latentkv.compat import vllm
-from latentkv.layouts import FORMATS
-from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
+from latentkv.ops.schemas import NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
 from latentkv.testing import Case, Problem, assert_same_bytes
 from torch import Tensor
 from torch._subclasses import FakeTensorMode

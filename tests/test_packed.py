@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import on_cpu
 from latentkv import CacheLayout, MLACache, layout_for, providers
+from latentkv.cache.layouts import FORMATS
 from latentkv.compat import vllm
-from latentkv.layouts import FORMATS
 from latentkv.providers import Provider
 from latentkv.testing import POISON, Problem, assert_same_bytes, poisoned
 from latentkv.testing.matrix import ACTIVATIONS, MAX_POSITION

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from latentkv import providers
-from latentkv.layouts import FORMATS, CacheLayout, MLACache
-from latentkv.ops import OP_NAMES
+from latentkv.cache.layouts import FORMATS, CacheLayout, MLACache
+from latentkv.ops.schemas import OP_NAMES
 from latentkv.providers import Provider
 from latentkv.testing import assert_same_bytes, poisoned
 from latentkv.testing.matrix import ACTIVATIONS, formats_for

@@ -17,8 +17,8 @@ from conftest import Python, on_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from latentkv import CacheLayout, MLACache, providers
-from latentkv.layouts import FORMATS
-from latentkv.ops import NAMESPACE, NATIVE_NAMESPACE
+from latentkv.cache.layouts import FORMATS
+from latentkv.ops.schemas import NAMESPACE, NATIVE_NAMESPACE
 from latentkv.providers import Provider
 from latentkv.testing import Case, Problem
 from torch import Tensor

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from latentkv.models import MODELS, model
-from latentkv.rope_table import build_cos_sin_cache
+from latentkv.models.rope_table import build_cos_sin_cache
 
 V2_LITE: dict[str, Any] = {
     "qk_rope_head_dim": 64,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import AMD, Python, on_cpu
 from latentkv import CacheLayout, MLACache, providers
-from latentkv.layouts import FORMATS
+from latentkv.cache.layouts import FORMATS
 from latentkv.providers import Provider
 from latentkv.testing import POISON, Problem, assert_same_bytes, poisoned
 from latentkv.testing.matrix import ACTIVATIONS, MAX_POSITION

@@ -19,7 +19,7 @@ import latentkv
 import pytest
 from conftest import Python
 from latentkv import CacheLayout
-from latentkv.ops import OP_NAMES
+from latentkv.ops.schemas import OP_NAMES
 from latentkv.providers import Provider
 from latentkv.testing.matrix import Case, Problem
 
@@ -34,7 +34,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 torch.set_num_threads(1)
 import latentkv
-from latentkv import checks, providers, triton_kernels
+from latentkv import providers
+from latentkv.ops import checks
+from latentkv.ops import triton as triton_kernels
 from latentkv.testing.matrix import Case, Problem, check, matrix
 """
 
@@ -73,7 +75,7 @@ def test_rows_outside_are_skipped(python: Python) -> None:
         python,
         f"""
 from unittest import mock
-from latentkv.triton_kernels import update
+from latentkv.ops.triton import update
 off = lambda device: False
 with mock.patch.object(checks, "checks_values", off), mock.patch.object(update, "checks_values", off):
     for op, masked, in_place in itertools.product(
@@ -162,8 +164,8 @@ VARIANTS = {
 
 def launches(case: Case, name: str) -> list[Any]:
     """Those that an op makes for a GPU, in place of their run."""
-    from latentkv import triton_kernels
-    from latentkv.triton_kernels.launch import Launch, Target
+    from latentkv.ops import triton as triton_kernels
+    from latentkv.ops.triton.launch import Launch, Target
 
     target, made = Target(hip=name.startswith("gfx"), converts=name == "sm_90", pdl=name == "sm_90"), list[Launch]()
     ops = {op: getattr(triton_kernels, op) for op in OP_NAMES if hasattr(triton_kernels, op)}

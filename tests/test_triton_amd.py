@@ -13,8 +13,8 @@ import torch
 from amd_triton import READERS, Variant, main_variants, variants
 from cdna.machine import unknown
 from latentkv import CacheLayout, MLACache, providers
-from latentkv.layouts import FORMATS
-from latentkv.ops import NATIVE_OP_NAMES
+from latentkv.cache.layouts import FORMATS
+from latentkv.ops.schemas import NATIVE_OP_NAMES
 from latentkv.testing import Case, Problem, matrix
 from oracle import virtual
 

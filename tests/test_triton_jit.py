@@ -13,7 +13,7 @@ import pytest
 import torch
 from interpreted import INTERPRETED
 from latentkv import CacheLayout, providers
-from latentkv.ops import NATIVE_OP_NAMES
+from latentkv.ops.schemas import NATIVE_OP_NAMES
 from latentkv.testing import Case, Problem, matrix
 
 pytestmark = [
@@ -61,7 +61,7 @@ GPU = Hopper()
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Hopper:
     """The kernels take a CPU's tensors for those of a Hopper GPU."""
-    from latentkv.triton_kernels import decode, launch
+    from latentkv.ops.triton import decode, launch
     from triton.runtime import driver
 
     GPU.loaded.clear()

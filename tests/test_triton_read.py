@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE, elsewhere, in_triton, passes_interpreted
-from latentkv import CacheLayout, MLACache, checks
-from latentkv.layouts import FORMATS
+from latentkv import CacheLayout, MLACache
+from latentkv.cache.layouts import FORMATS
+from latentkv.ops import checks
 from latentkv.providers import Provider, reference, triton
 from latentkv.testing import Case, Problem, first_difference, poisoned
 from torch import Tensor

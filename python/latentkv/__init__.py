@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from . import compile, providers
-from .backends import layout_for, select_backend
-from .layouts import CacheLayout, MLACache
-from .platform import Platform
+from .cache.backends import layout_for, select_backend
+from .cache.layouts import CacheLayout, MLACache
+from .cache.platform import Platform
+from .models.rope_table import build_cos_sin_cache
 from .providers import public as _public
-from .rope_table import build_cos_sin_cache
 
 __version__ = "0.1.0"
 __all__ = [

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference as _reference
-from .layouts import FORMATS, MLACache
-from .ops import LIBRARIES, NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
-from .platform import has_code_for, installed_gpus
+from .cache.layouts import FORMATS, MLACache
+from .cache.platform import has_code_for, installed_gpus
+from .ops import reference as _reference
+from .ops.schemas import LIBRARIES, NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
 
 __all__ = [
     "Provider", "library_errors", "native", "public", "reference", "served_by", "set_overlap", "triton",
@@ -460,7 +460,7 @@ def triton_problem(device: str) -> str | None:
 
 def _triton_op(name: str) -> Op:
     def op(*args: Any) -> Any:  # imported when first asked for: that takes its time
-        return getattr(importlib.import_module("latentkv.triton_kernels"), name)(*args)
+        return getattr(importlib.import_module("latentkv.ops.triton"), name)(*args)
 
     return op
 
@@ -520,5 +520,5 @@ def set_overlap(enabled: bool) -> None:
     if library is not None and not torch.version.hip:
         library.latentkv_set_overlap(ctypes.c_bool(enabled))
     if triton_problem("cuda") is None:
-        launch: Any = importlib.import_module("latentkv.triton_kernels.launch")
+        launch: Any = importlib.import_module("latentkv.ops.triton.launch")
         launch.overlap = enabled

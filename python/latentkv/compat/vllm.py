@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layouts import FORMATS
-from ..platform import Platform
+from ..cache.layouts import FORMATS
+from ..cache.platform import Platform
 
 __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_embedding"]
 

@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 import torch
 from torch.fx import Graph, Node
 
-from ..checks import ACTIVATIONS
-from ..layouts import FORMATS
-from ..platform import Platform
+from ..cache.layouts import FORMATS
+from ..cache.platform import Platform
+from ..ops.checks import ACTIVATIONS
 from . import known_ops
 from .elements import gathered, hint, is_gather, is_lookup, number, table_chain
 from .graph import (

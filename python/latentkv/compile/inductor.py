@@ -13,7 +13,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from ..platform import Platform
+from ..cache.platform import Platform
 from .fusion import fuse
 from .report import Report
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..checks import Arguments
-from ..layouts import MLACache
-from ..ops import LIBRARIES, NAMESPACE
+from ..cache.layouts import MLACache
+from ..ops.checks import Arguments
+from ..ops.schemas import LIBRARIES, NAMESPACE
 from ..providers import public
 
 _names: dict[int, str] = {}

@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..layouts import FORMATS, CacheLayout, MLACache, Placement
-from ..ops import NATIVE_OP_NAMES
+from ..cache.layouts import FORMATS, CacheLayout, MLACache, Placement
+from ..models.rope_table import build_cos_sin_cache
+from ..ops.reference import parts_of
+from ..ops.schemas import NATIVE_OP_NAMES
 from ..providers import Provider
-from ..reference import parts_of
-from ..rope_table import build_cos_sin_cache
 from .compare import first_difference, poisoned
 
 Rope = Literal["gptj", "neox", "none"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..cache.layouts import FORMATS, MLACache
 from ..compile import layer_index, step
-from ..layouts import FORMATS, MLACache
 from ..models import Model
 from ..providers import public
 

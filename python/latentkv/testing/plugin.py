@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from ..backends import BACKENDS
-from ..layouts import CacheLayout
+from ..cache.backends import BACKENDS
+from ..cache.layouts import CacheLayout
 from .matrix import devices
 
 

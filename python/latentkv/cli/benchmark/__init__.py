@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import providers
-from ..layouts import CacheLayout
-from ..models import Model
+from ... import providers
+from ...cache.layouts import CacheLayout
+from ...models import Model
 from .contenders import FUSED, Contender, PeerError, compiled, layer_calls, pair_call, provider_call, torch_op_call
 from .inputs import (
     CONVERT,

@@ -10,10 +10,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .. import providers
-from ..checks import QUERY_FORMATS
-from ..ops import OP_NAMES
-from ..reference import encode, quantise, rotate
+from ... import providers
+from ...ops.checks import QUERY_FORMATS
+from ...ops.reference import encode, quantise, rotate
+from ...ops.schemas import OP_NAMES
 from .inputs import GROUPED, INDEXER, PROLOGUE, READS, Inputs, Layers, Prologue, Update
 from .timing import Call
 

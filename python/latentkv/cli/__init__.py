@@ -20,9 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from . import __version__, providers, select_backend
-from .backends import BACKENDS, Selection
-from .bench import (
+from .. import __version__, providers, select_backend
+from ..cache.backends import BACKENDS, Selection
+from ..cache.layouts import FORMATS, CacheLayout, resolve_format
+from ..cache.platform import Platform
+from ..models import MODELS, Model
+from ..models import model as model_named
+from ..testing import Case, check, first_difference, for_layout, matrix
+from .benchmark import (
     CONVERT,
     DECODE,
     FUSED,
@@ -49,11 +54,6 @@ from .bench import (
     summary,
     write_csv,
 )
-from .layouts import FORMATS, CacheLayout, resolve_format
-from .models import MODELS, Model
-from .models import model as model_named
-from .platform import Platform
-from .testing import Case, check, first_difference, for_layout, matrix
 
 app = typer.Typer(
     name="latentkv",

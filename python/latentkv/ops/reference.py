@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..cache.layouts import FORMATS, Format
 from .checks import (
     INDEX_DIM,
     QUERY_FORMATS,
@@ -30,7 +31,6 @@ from .checks import (
     gather_slots,
     outside,
 )
-from .layouts import FORMATS, Format
 
 # -------------------------------------------------------------------------------------------------- the arithmetic
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, providers
+from ... import __version__, providers
 from .peers import Peer
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ...cache.layouts import FORMATS, Format
 from ..checks import (
     Arguments,
     check_grouped,
@@ -30,7 +31,6 @@ from ..checks import (
     checks_values,
     outside,
 )
-from ..layouts import FORMATS, Format
 from .codec import apart, bits, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layouts import FORMATS
+from ...cache.layouts import FORMATS
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by an element's size: the dtype that its bits are passed as
 

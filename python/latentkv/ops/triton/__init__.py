@@ -1,6 +1,6 @@
 """The ops as Triton kernels, on the plain tensors of the torch ops: the provider ``triton``.
 
-They give the bytes of :mod:`latentkv.reference`. Where no native library was built they serve the GPUs of both vendors;
+They give the bytes of :mod:`latentkv.ops.reference`. Where no native library was built they serve both vendors' GPUs;
 TRITON_INTERPRET=1 runs them on a CPU, for tests.
 """
 

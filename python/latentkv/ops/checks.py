@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .layouts import FORMATS, Format
+from ..cache.layouts import FORMATS, Format
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_TYPES = (torch.int64, torch.int32)

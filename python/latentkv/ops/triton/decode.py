@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...cache.layouts import FORMATS
 from ..checks import Arguments, check_decode, checks_values, decode_slots
-from ..layouts import FORMATS
 from ..reference import parts_of
 from .codec import bits, from_float, kind_of, to_float
 from .launch import Launch, Target

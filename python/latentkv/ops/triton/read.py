@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...cache.layouts import FORMATS, Format
 from ..checks import Arguments, block_counts, check_convert, check_gather, checks_values, convert_slots, gather_slots
-from ..layouts import FORMATS, Format
 from ..reference import parts_of
 from .codec import BITS, apart, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import INDEX_DIM
-from ..layouts import FORMATS, CacheLayout, MLACache
+from ...cache.layouts import FORMATS, CacheLayout, MLACache
+from ...ops.checks import INDEX_DIM
 from .contenders import FUSED, Contender, PeerError, in_turn
 from .inputs import CONVERT, GATHER, GROUPED, INDEXER, PROLOGUE, Gather, IndexerKeys, Layers, Prologue, Update
 from .timing import Call

@@ -9,12 +9,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .. import providers
-from ..checks import INDEX_DIM, INDEX_ROW_BYTES
-from ..layouts import FORMATS, CacheLayout, MLACache, Placement
-from ..models import Model
-from ..ops import OP_NAMES
-from ..rope_table import build_cos_sin_cache
+from ... import providers
+from ...cache.layouts import FORMATS, CacheLayout, MLACache, Placement
+from ...models import Model
+from ...models.rope_table import build_cos_sin_cache
+from ...ops.checks import INDEX_DIM, INDEX_ROW_BYTES
+from ...ops.schemas import OP_NAMES
 
 LAYERS: Final = 4  # that write_cache_grouped_ writes at once: a draft model's
 SCALE: Final = 0.25  # of fp8 rows and queries; a power of two, so that dividing and multiplying round alike
