@@ -15,6 +15,16 @@ if(TORCH_VERSION VERSION_LESS 2.10)
 endif()
 message(STATUS "torch ${TORCH_VERSION} in ${TORCH_DIR}")
 
+# What C++ must know of the ops comes from their descriptions in Python.
+set(LATENTKV_GENERATED ${CMAKE_BINARY_DIR}/generated)
+set(description ${PROJECT_SOURCE_DIR}/python/latentkv/ops/description.py)
+add_custom_command(
+  OUTPUT ${LATENTKV_GENERATED}/ops.h ${LATENTKV_GENERATED}/bound_ops.h
+  COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/generate_ops.py ${description} ${LATENTKV_GENERATED}
+  DEPENDS ${description} ${PROJECT_SOURCE_DIR}/cmake/generate_ops.py
+  COMMENT "generate ops.h")
+add_custom_target(latentkv_ops DEPENDS ${LATENTKV_GENERATED}/ops.h)
+
 # latentkv_library(<device> <common> [<architecture>...]): the library `_<device>` from LATENTKV_SOURCES in the folder
 # <common>, which is csrc_common or a translated copy, to be compiled in the calling directory. It can tell the GPU
 # architectures that it has code for.
@@ -22,7 +32,8 @@ function(latentkv_library device common)
   list(TRANSFORM LATENTKV_SOURCES PREPEND ${common}/)
   add_library(_${device} MODULE ${LATENTKV_SOURCES})
   set_target_properties(_${device} PROPERTIES PREFIX "" SUFFIX ".abi3.so")
-  target_include_directories(_${device} PRIVATE ${PROJECT_SOURCE_DIR}/csrc_${device} ${common})
+  add_dependencies(_${device} latentkv_ops)
+  target_include_directories(_${device} PRIVATE ${PROJECT_SOURCE_DIR}/csrc_${device} ${common} ${LATENTKV_GENERATED})
   target_include_directories(_${device} SYSTEM PRIVATE ${TORCH_DIR}/include)
   list(JOIN ARGN " " architectures)
   target_compile_definitions(_${device} PRIVATE TORCH_TARGET_VERSION=0x020A000000000000

@@ -1,145 +1,156 @@
-// Argument checks on the host. Every failure says the op, the argument, what was expected and what came, and is raised
-// before anything is written. python/latentkv/ops/checks.py states the same rules for the providers written in Python.
+// The checks that an op's description asks for. Every failure says the op, the argument, what was expected and what
+// came, and is raised before anything is written. python/latentkv/ops/checks.py has the same rules and messages.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <array>
 #include <initializer_list>
-#include <stdexcept>
+#include <optional>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include "formats.h"
+#include "geometry.h"
 
 namespace latentkv {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Types = std::initializer_list<ScalarType>;
 
-// Torch's own name of a dtype, as Python prints it.
-inline std::string name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Bool: return "bool";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::ComplexHalf: return "complex32";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
-    case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
-    case ScalarType::Float8_e5m2: return "float8_e5m2";
-    case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
-    default: return torch::headeronly::toString(type);
-  }
+constexpr Types kActivations = {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float};
+constexpr Types kIndexTypes = {ScalarType::Long, ScalarType::Int};
+
+inline const Tensor* pointer(const OptionalTensor& t) {
+  return t ? &*t : nullptr;
 }
 
-inline std::string list(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  std::string text = "[";
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-  return text + "]";
-}
-inline std::string shape_of(const Tensor& t) {
-  return list(t.sizes());
-}
+// An argument's name, or that of an entry of a list.
+struct Name {
+  const char* text = nullptr;
+  int index = -1;
 
-class Arguments {
- public:
-  Arguments(const char* op, const char* device_type, int device)
-      : op_(op), device_type_(device_type), device_(device) {}
-
-  [[noreturn]] void fail(const std::string& argument, const std::string& expected, const std::string& got) const {
-    throw std::runtime_error("latentkv." + std::string(op_) + ": " + argument + ": expected " + expected + ", got " +
-                             got);
-  }
-  [[noreturn]] void fail(const std::string& argument, const std::string& expected, int64_t got) const {
-    fail(argument, expected, std::to_string(got));
-  }
-
-  // A tensor on the op's device whose last dimension is contiguous; A size of -1 matches any.
-  void tensor(const char* argument, const Tensor& t, std::initializer_list<ScalarType> types,
-              std::initializer_list<std::pair<const char*, int64_t>> shape) const {
-    device(argument, t);
-    dtype(argument, t, types);
-    const auto sizes = t.sizes();
-    bool matches = sizes.size() == shape.size();
-    size_t i = 0;
-    for (const auto& [name, size] : shape) matches = matches && (size < 0 || sizes[i] == size) && ++i;
-    if (!matches) {
-      std::string text;
-      for (const auto& [name, size] : shape) {
-        text += (text.empty() ? "" : ", ") + std::string(name) + (size < 0 ? "" : "=" + std::to_string(size));
-      }
-      fail(argument, "shape [" + text + "]", list(sizes));
-    }
-    unit_stride(argument, t);
-  }
-
-  void unit_stride(const char* argument, const Tensor& t) const {
-    const auto sizes = t.sizes(), strides = t.strides();
-    const size_t last = sizes.size() - 1;
-    if (sizes.size() > 0 && sizes[last] > 1 && strides[last] != 1) {
-      fail(argument, "a contiguous last dimension (stride 1)", "stride " + std::to_string(strides[last]));
-    }
-  }
-
-  void device(const char* argument, const Tensor& t) const {
-    if (device_ < 0 ? t.is_cpu() : t.is_cuda() && t.get_device_index() == device_) return;
-    const std::string got = t.is_cpu()    ? "cpu"
-                            : t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index())
-                                          : "another device";
-    fail(argument, "a tensor on " + device_name(), "one on " + got);
-  }
-
-  void dtype(const char* argument, const Tensor& t, std::initializer_list<ScalarType> types) const {
-    const ScalarType type = t.scalar_type();
-    if (std::find(types.begin(), types.end(), type) != types.end()) return;
-    std::string text;
-    for (ScalarType allowed : types) text += (text.empty() ? "" : " or ") + name_of(allowed);
-    fail(argument, "dtype " + text, name_of(type));
-  }
-
-  // No two elements share memory: taken by rising stride, each dimension steps over what lies within it.
-  void no_overlap(const char* argument, const Tensor& t) const {
-    std::array<std::pair<int64_t, int64_t>, 4> dims;  // (stride, size), sorted; no tensor here has more dimensions
-    size_t count = 0;
-    const auto sizes = t.sizes(), strides = t.strides();
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      if (sizes[i] == 0) return;
-      if (sizes[i] == 1) continue;
-      size_t at = count++;
-      for (; at > 0 && dims[at - 1].first > strides[i]; --at) dims[at] = dims[at - 1];
-      dims[at] = {strides[i], sizes[i]};
-    }
-    int64_t extent = 1;
-    for (size_t i = 0; i < count; ++i) {
-      const auto [stride, size] = dims[i];
-      if (stride < extent) {
-        fail(argument, "elements that do not overlap in memory",
-             "strides " + list(strides) + " for shape " + shape_of(t));
-      }
-      extent += stride * (size - 1);
-    }
-  }
-
- private:
-  std::string device_name() const { return device_ < 0 ? "cpu" : device_type_ + (":" + std::to_string(device_)); }
-
-  const char* op_;
-  const char* device_type_;
-  int device_;
+  Name() = default;
+  Name(const char* text, int index = -1) : text(text), index(index) {}
+  std::string str() const { return index < 0 ? text : text + ("[" + std::to_string(index)) + "]"; }
 };
 
-// Whether two regular sets of byte ranges, `a` starting `offset` bytes after `b`, lie side by side in every period.
-inline bool side_by_side(int64_t offset, int64_t period, int64_t a_bytes, int64_t b_bytes) {
-  const int64_t phase = ((offset % period) + period) % period;
-  return phase >= b_bytes && phase + a_bytes <= period;
-}
+[[noreturn]] void fail(const char* op, const Name& argument, const std::string& expected, const std::string& got);
+[[noreturn]] void fail(const char* op, const Name& argument, const std::string& expected, int64_t got);
+
+// What a letter of the shapes stands for, and the argument that said so.
+struct Letter {
+  int64_t value = -1;
+  Name from;
+
+  operator int64_t() const { return value; }
+  void bind(int64_t size, const Name& name) {
+    if (value < 0) value = size, from = name;
+  }
+};
+
+// One dimension of a shape: a letter, a number (`plus` alone), or the sum of a letter and one of both. A `bound` is the
+// most that a letter may stand for.
+struct Dim {
+  const char* text = nullptr;
+  Letter* letter = nullptr;
+  Letter* other = nullptr;
+  int64_t plus = 0;
+  Letter* bound = nullptr;
+  const char* bound_text = nullptr;
+
+  bool known() const { return (!letter || letter->value >= 0) && (!other || other->value >= 0); }
+  int64_t value() const { return (letter ? letter->value : 0) + (other ? other->value : 0) + plus; }
+};
+using Shape = std::initializer_list<Dim>;
+
+// A cache as an op takes it: its tensors, its scale, its format, L and R.
+struct Cache {
+  const Tensor *data = nullptr, *rope_data = nullptr, *scale = nullptr;  // the latter two: null for None
+  const FormatInfo* format = nullptr;
+  int64_t latent_dim = 0, rope_dim = 0;
+  int64_t blocks = 0, block_size = 0;
+  Name scale_name;
+
+  int64_t capacity() const { return blocks * block_size; }
+};
+
+// The names of a cache's arguments, or of those of entry `index` of several.
+struct CacheNames {
+  const char *data, *rope, *scale, *format;
+  int index;
+};
+
+// Where tokens are turned to; a null table for nowhere.
+struct Rotation {
+  const Tensor *positions = nullptr, *table = nullptr;
+  bool is_neox = false, inverse = false;
+
+  static Rotation of(const Tensor* positions, const Tensor* table, bool is_neox, bool inverse) {
+    if (!table || table->size(1) == 0) return {};
+    return {positions, table, is_neox, inverse};
+  }
+};
+
+class Checker {
+ public:
+  // `lead` says on which device the other tensors must lie.
+  Checker(const char* op, const Tensor& lead);
+
+  int device() const { return device_; }  // -1 for the CPU
+  [[noreturn]] void fail(const Name& argument, const std::string& expected, const std::string& got) const {
+    latentkv::fail(op_, argument, expected, got);
+  }
+
+  // Autograd would lose the gradients that an argument asks for, or get them wrong.
+  void no_gradients(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) const;
+  void no_gradients(const char* name, const std::vector<Tensor>& tensors) const;
+
+  void size(const char* name, std::optional<int64_t> value, int64_t least, Letter& letter) const;
+  // Device, dtype, shape (the alternative with as many dimensions), a contiguous last dimension.
+  void tensor(const Name& name, const Tensor& t, Types types, std::initializer_list<Shape> shapes,
+              bool mutated = false);
+  void one(const Name& name, const Tensor* t);  // one fp32 element
+  void as_many(const char* name, size_t size, const Letter& count) const;
+  void both_or_none(const Tensor* positions, const Tensor* table) const;
+  void same_blocks(const Name& name, const Tensor& t, const Name& other_name, const Tensor& other) const;
+
+  // `exact`: rows fill the tensor. `lead`: of a cache that is written, what goes there.
+  Cache cache(const CacheNames& names, const Tensor& data, const Tensor* rope_data, const Tensor* scale,
+              const std::string& format, const Letter& latent_dim, const Letter& rope_dim, bool exact, bool mutated,
+              const Tensor* lead, const char* lead_name);
+  Cache indexer(const char* name, const Tensor& data, const Tensor* table);
+
+  // No two of the tensors so far share bytes, if one of them is written; but for the pairs that may be one tensor, or
+  // (`anyhow`) may share what they like.
+  void apart(std::initializer_list<std::pair<const char*, const char*>> allowed, bool anyhow = false);
+
+ private:
+  struct Region {
+    Name name;
+    Span span;
+    bool mutated;
+    const Tensor* tensor;
+  };
+
+  void device(const Name& name, const Tensor& t) const;
+  void dtype(const Name& name, const Tensor& t, Types types, const std::string& purpose = "") const;
+  void unit_stride(const Name& name, const Tensor& t) const;
+  void no_overlap(const Name& name, const Tensor& t) const;
+  void pages(const Name& name, const FormatInfo& format, const Tensor& t, int64_t row, const std::string& text,
+             bool exact) const;
+  void byte_rows(const Name& name, const FormatInfo& format, const Tensor& t) const;
+
+  const char* op_;
+  int device_;
+  std::vector<Region> regions_;
+};
+
+// Tells autograd that a tensor has changed.
+void written(const Tensor& t);
+void written(const OptionalTensor& t);
+void written(const std::vector<Tensor>& tensors);
+
+std::string shape_of(const Tensor& t);
 
 }  // namespace latentkv

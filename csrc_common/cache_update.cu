@@ -6,30 +6,34 @@
 
 namespace latentkv {
 
-void rope_(const Tensor& positions, const Tensor& q, const std::optional<Tensor>& k, const Tensor& cos_sin_cache,
-           bool is_neox, bool inverse) {
-  Call call{.op = "rope_", .positions = &positions, .q = &q, .k = pointer(k), .table = &cos_sin_cache};
-  call.q_name = "q", call.k_name = "k", call.is_neox = is_neox, call.inverse = inverse;
-  launch_update<false>(prepare(call));
+void run(const Rope& x) {
+  Update update(x.name, x.device, *x.q, x.N);
+  update.bind_rotation(x.rotation, x.R, true);
+  update.bind_query(x.q);
+  update.bind_key(x.k);
+  update.finish(x.N);
+  launch_update<false>(update);
 }
 
-void write_cache_(const Tensor& kv_c, const Tensor& k_pe, const Tensor& slot_mapping, const Tensor& cache,
-                  const std::optional<Tensor>& rope_cache, const std::optional<Tensor>& scale,
-                  const std::string& format) {
-  Call call{.op = "write_cache_", .k = &k_pe, .kv_c = &kv_c, .slots = &slot_mapping, .cache = &cache};
-  call.rope_cache = pointer(rope_cache), call.scale = pointer(scale), call.format = &format;
-  launch_update<false>(prepare(call));
+void run(const WriteCache& x) {
+  Update update(x.name, x.device, *x.kv_c, x.T);
+  update.bind_rotation({}, x.R, false);
+  update.bind_slots(*x.slot_mapping, x.cache);
+  update.bind_rows(*x.kv_c, x.cache);
+  update.bind_key(x.k_pe);
+  update.finish(x.T);
+  launch_update<false>(update);
 }
 
-void rope_write_cache_(const std::optional<Tensor>& positions, const Tensor& q_pe, const Tensor& k_pe,
-                       const Tensor& kv_c, const std::optional<Tensor>& cos_sin_cache, const Tensor& slot_mapping,
-                       const Tensor& cache, const std::optional<Tensor>& rope_cache, const std::optional<Tensor>& scale,
-                       const std::string& format, bool is_neox, bool rope_masked) {
-  Call call{.op = "rope_write_cache_", .positions = pointer(positions), .q = &q_pe, .k = &k_pe, .kv_c = &kv_c};
-  call.table = pointer(cos_sin_cache), call.slots = &slot_mapping, call.cache = &cache;
-  call.rope_cache = pointer(rope_cache), call.scale = pointer(scale), call.format = &format;
-  call.is_neox = is_neox, call.rope_masked = rope_masked;
-  launch_update<false>(prepare(call));
+void run(const RopeWriteCache& x) {
+  Update update(x.name, x.device, *x.kv_c, x.T);
+  update.bind_rotation(x.rotation, x.R, x.rope_masked);
+  update.bind_slots(*x.slot_mapping, x.cache);
+  update.bind_rows(*x.kv_c, x.cache);
+  update.bind_key(x.k_pe);
+  if (x.rotation.table) update.bind_query(x.q_pe);
+  update.finish(x.T);
+  launch_update<false>(update);
 }
 
 }  // namespace latentkv

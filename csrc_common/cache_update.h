@@ -321,7 +321,7 @@ struct CacheUpdate {
 
 // Puts what was prepared on the current stream.
 template <bool is_prologue>
-void launch_update(const Launch& x) {
+void launch_update(const Update& x) {
   constexpr int parts = is_prologue ? 4 : 3;
   Grid<parts> grid;
   std::copy_n(x.grid.part, parts, grid.part);

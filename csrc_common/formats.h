@@ -77,6 +77,15 @@ LKV_DEVICE Bits<A::bytes * n> from_floats(const float* x) {
 // How an element is stored: as the activation that it is, or converted to fp8.
 enum class Code : uint8_t { verbatim, e4m3fn, e4m3fnuz, e5m2 };
 
+inline Code code_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float8_e4m3fn: return Code::e4m3fn;
+    case ScalarType::Float8_e4m3fnuz: return Code::e4m3fnuz;
+    case ScalarType::Float8_e5m2: return Code::e5m2;
+    default: return Code::verbatim;
+  }
+}
+
 // Calls f with what a code stands for: Verbatim (which it is where all is copied), a kind that the chip has an
 // instruction for, or AnyFp8.
 struct Verbatim {};

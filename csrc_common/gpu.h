@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,11 +66,7 @@ inline cudaStream_t current_stream(int device) {
 
 // Values are read back and checked only on demand: that waits for the stream, which a graph capture cannot.
 inline bool checks_values(int device) {
-  static const bool enabled = [] {
-    const char* value = std::getenv("LATENTKV_CHECKS");
-    return value && std::strcmp(value, "1") == 0;
-  }();
-  if (!enabled) return false;
+  if (!checks_enabled()) return false;
   cudaStreamCaptureStatus status;
   gpu_check(cudaStreamIsCapturing(current_stream(device), &status));
   return status == cudaStreamCaptureStatus{};  // none: not every version of hipify knows its name

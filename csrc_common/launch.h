@@ -3,8 +3,21 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <string>
 
 namespace latentkv {
+
+// Whether LATENTKV_CHECKS asks for values to be looked at.
+inline bool checks_enabled() {
+  static const bool enabled = [] {
+    const char* const value = std::getenv("LATENTKV_CHECKS");
+    std::string word;
+    for (const char* c = value ? value : ""; *c; ++c) word += static_cast<char>(*c | 0x20);  // digits stay
+    return word == "1" || word == "true" || word == "yes" || word == "on";
+  }();
+  return enabled;
+}
 
 struct Group {
   uint32_t index;  // among the groups of its part

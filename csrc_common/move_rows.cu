@@ -242,18 +242,9 @@ struct ConvertRows {
   }
 };
 
-Side side_of(const Arguments& args, const Stored& stored, const std::string& format, int64_t latent_dim,
-             int64_t rope_dim) {
-  const FormatInfo& known = known_format(args, stored.format_name, format);
-  const auto dims = [](int64_t l, int64_t r) { return "(" + std::to_string(l) + ", " + std::to_string(r) + ")"; };
-  if (known.tile && (latent_dim != known.latent_dim || rope_dim != known.rope_dim)) {
-    args.fail("kv_lora_rank", "(L, R)=" + dims(known.latent_dim, known.rope_dim) + " for format " + format,
-              dims(latent_dim, rope_dim));
-  }
-  check_stored(args, stored, known, latent_dim, rope_dim);
-  const CacheView view(*stored.cache);
-  Side side{rows_of(stored, known, latent_dim), known.tile ? ScalarType::BFloat16 : known.type, {}};
-  side.table.blocks = view.block_size > 0 ? static_cast<uint32_t>(view.blocks) : 0;
+Side side_of(const Cache& cache) {
+  Side side{rows_of(cache), cache.format->tile ? ScalarType::BFloat16 : cache.format->type, {}};
+  side.table.blocks = cache.block_size > 0 ? static_cast<uint32_t>(cache.blocks) : 0;
   return side;
 }
 

@@ -101,9 +101,8 @@ struct Move {
   }
 };
 
-// One side of a move, once its arguments are checked; its blocks are all those of the cache, in order.
-Side side_of(const Arguments& args, const Stored& stored, const std::string& format, int64_t latent_dim,
-             int64_t rope_dim);
+// One side of a move; its blocks are all those of the cache, in order.
+Side side_of(const Cache& cache);
 // With the blocks of a table [S, columns], or [columns] of one sequence.
 void use_blocks(Side& side, const Tensor& table);
 

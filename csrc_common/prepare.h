@@ -1,43 +1,13 @@
-// From the arguments of an op to what its kernel is launched with.
+// From the checked arguments of an op to what its kernel is launched with: each function binds one thing.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
+#include <algorithm>
 #include <string>
 
 #include "arguments.h"
 #include "params.h"
 
 namespace latentkv {
-
-// The arguments of the ops that update a cache. What an op does not take is null.
-struct Call {
-  const char* op;
-  const Tensor *positions = nullptr, *q = nullptr, *k = nullptr, *kv_c = nullptr, *table = nullptr, *slots = nullptr;
-  const Tensor *cache = nullptr, *rope_cache = nullptr, *scale = nullptr;
-  const char *q_name = "q_pe", *k_name = "k_pe", *kv_c_name = "kv_c";
-  const char *cache_name = "cache", *rope_cache_name = "rope_cache", *scale_name = "scale";
-  const std::string* format = nullptr;
-  bool is_neox = false, rope_masked = true, inverse = false;
-
-  // Of the decode prologue, which is the op that has q_out: it leaves q and k as they are.
-  const Tensor *q_nope = nullptr, *q_out = nullptr, *q_rope_out = nullptr, *q_scale = nullptr;
-  const Tensor *norm_weight = nullptr, *kv_c_out = nullptr;
-  double norm_eps = 0;
-};
-
-struct Launch {
-  PrologueParams params;
-  Grid<4> grid;  // of a CacheUpdate; nothing in it where there is nothing to do
-  ScalarType activation = ScalarType::Float;
-  bool aligned = false;      // every chunk is one access of 16 bytes
-  bool wide_angles = false;  // the table is fp32
-  bool copies = false;       // what is stored is stored as it is, by whole chunks
-  int device = -1;
-};
-
-// Raises what is wrong with the arguments, before anything is written.
-Launch prepare(const Call& call);
 
 // Calls `f.template operator()<A, n>()` for the activations and the width of access.
 template <class F>
@@ -48,28 +18,6 @@ void dispatch(ScalarType activation, bool aligned, const F& f) {
     default: return aligned ? f.template operator()<Fp32, 4>() : f.template operator()<Fp32, 1>();
   }
 }
-
-constexpr auto kActivations = {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float};
-constexpr auto kIndexTypes = {ScalarType::Long, ScalarType::Int};
-
-// Blocks, entries and the last dimension of a cache tensor [B, bs, C] or [B, 1, bs, C].
-struct CacheView {
-  int64_t blocks, block_size, width, block_stride, entry_stride;
-  explicit CacheView(const Tensor& t) {
-    const int64_t e = t.dim() - 2;
-    blocks = t.size(0), block_size = t.size(e), width = t.size(e + 1);
-    const int64_t bytes = static_cast<int64_t>(t.element_size());
-    block_stride = t.stride(0) * bytes, entry_stride = t.stride(e) * bytes;
-  }
-  int64_t block_bytes(int64_t row_bytes) const { return (block_size - 1) * entry_stride + row_bytes; }
-  int64_t bytes(int64_t row_bytes) const { return (blocks - 1) * block_stride + block_bytes(row_bytes); }
-};
-
-// A cache as an op takes it, and the names of its arguments.
-struct Stored {
-  const Tensor *cache, *rope_cache, *scale;  // the latter two: null for None
-  const char *name = "cache", *rope_name = "rope_cache", *scale_name = "scale", *format_name = "format";
-};
 
 // int32 or int64 values on the host.
 class HostIndices {
@@ -84,14 +32,42 @@ class HostIndices {
   uint32_t bytes_;
 };
 
-// Parts that several ops are prepared from.
-const FormatInfo& known_format(const Arguments& args, const char* argument, const std::string& name);
-void check_stored(const Arguments& args, const Stored& stored, const FormatInfo& format, int64_t latent_dim,
-                  int64_t rope_dim);
-Rows rows_of(const Stored& stored, const FormatInfo& format, int64_t latent_dim);
-CacheView check_packed(const Arguments& args, const FormatInfo& format, const char* name, const Tensor& cache);
 Indices indices(const Tensor& t);
-void check_values(const Arguments& args, const Params& p, int device);
+// Where the rows of a cache lie.
+Rows rows_of(const Cache& cache);
 uint32_t log2_lanes(int64_t chunks);
+// Under LATENTKV_CHECKS: a scale is a positive number.
+void check_scale(const char* op, const Name& name, const Tensor* scale, int device);
+
+// A launch of the cache-update kernel, or of one that shares its parameters.
+struct Update {
+  const char* op;
+  int device;
+  PrologueParams params;
+  Grid<4> grid;  // of a CacheUpdate; nothing in it where there is nothing to do
+  ScalarType activation;
+  int64_t chunk;             // elements of 16 bytes
+  bool aligned = true;       // every chunk is one access of 16 bytes
+  bool wide_angles = false;  // the table is fp32
+  bool copies = false;       // what is stored is stored as it is, by whole chunks
+
+  // For tokens with activations of the dtype of `lead`.
+  Update(const char* op, int device, const Tensor& lead, int64_t tokens);
+
+  void bind_rotation(const Rotation& rotation, int64_t rope_dim, bool rope_masked);
+  void bind_slots(const Tensor& slots, const Cache& cache);
+  void bind_rows(const Tensor& kv_c, const Cache& cache);
+  void bind_key(const Tensor* k) { params.key = heads_of(k); }
+  void bind_query(const Tensor* q) { params.query = heads_of(q); }
+  // Raises what is wrong with the values of slots and positions, where they are looked at; then lays out the grid.
+  void finish(int64_t query_tokens);
+
+  HeadPart heads_of(const Tensor* t);  // none where there are no elements
+  void align(const void* data, int64_t bytes, std::initializer_list<int64_t> strides);
+  void check_values() const;
+
+ private:
+  void place(int part, HeadPart& heads, int64_t rows, int max_heads, int64_t lane_chunks);
+};
 
 }  // namespace latentkv

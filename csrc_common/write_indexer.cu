@@ -74,67 +74,22 @@ struct IndexerWrite {
   }
 };
 
-void write_indexer_cache_(const Tensor& k, const OptionalTensor& positions, const OptionalTensor& cos_sin_cache,
-                          const Tensor& slot_mapping, const Tensor& cache, bool is_neox, bool power_of_two_scale) {
-  const int device = k.is_cpu() ? -1 : k.get_device_index();
-  const Arguments args("write_indexer_cache_", kDeviceType, device);
-  args.tensor("k", k, kActivations, {{"N", -1}, {"D", kIndexerDim}});
-  const int64_t n = k.size(0);
-  if (positions.has_value() != cos_sin_cache.has_value()) {
-    args.fail(positions ? "cos_sin_cache" : "positions", "a tensor, as for the other of positions and cos_sin_cache",
-              "None");
-  }
-  IndexerParams params;
-  params.power_of_two_scale = power_of_two_scale;
-  Params& p = params.shared;
-  const int64_t element = static_cast<int64_t>(k.element_size()), chunk = 16 / element;
-  bool aligned = true, wide_angles = false;
-  const auto align = [&](const void* data, int64_t bytes, std::initializer_list<int64_t> strides) {
-    aligned = aligned && reinterpret_cast<uintptr_t>(data) % bytes == 0;
-    for (int64_t stride : strides) aligned = aligned && stride % bytes == 0;
-  };
-  if (cos_sin_cache) {
-    args.tensor("positions", *positions, kIndexTypes, {{"N", n}});
-    args.tensor("cos_sin_cache", *cos_sin_cache, kActivations, {{"max_position", -1}, {"R", -1}});
-    const int64_t rope_dim = cos_sin_cache->size(1), bytes = static_cast<int64_t>(cos_sin_cache->element_size());
-    if (rope_dim % 2 || rope_dim < 2 || rope_dim > kIndexerDim) {
-      args.fail("cos_sin_cache", "an even R in 2 .. 128", rope_dim);
-    }
-    p.rotates = true, wide_angles = bytes == 4;
-    p.positions = indices(*positions);
-    p.table.data = static_cast<const char*>(cos_sin_cache->data_ptr()),
-    p.table.stride = cos_sin_cache->stride(0) * bytes;
-    p.table.max_position = cos_sin_cache->size(0), p.table.half_dim = static_cast<int>(rope_dim / 2);
-    p.table.is_neox = is_neox, p.table.is_bf16 = cos_sin_cache->scalar_type() == ScalarType::BFloat16;
-    aligned = rope_dim % (2 * chunk) == 0;
-    align(p.table.data, chunk / 2 * bytes, {p.table.stride});
-    p.table.angle_step = static_cast<int>(is_neox ? chunk / 2 : rope_dim / 4);
-  }
-  args.tensor("slot_mapping", slot_mapping, kIndexTypes, {{"T", -1}});
-  const int64_t tokens = slot_mapping.size(0);
-  if (tokens > n) args.fail("slot_mapping", "at most N=" + std::to_string(n) + " entries", tokens);
-  const CacheView view = check_packed(args, kIndexerFormat, "cache", cache);
-  if (tokens == 0) return;
-  if (tokens > INT32_MAX) args.fail("k", "fewer than 2^31 rows", tokens);
-
-  p.tokens = static_cast<uint32_t>(tokens);
-  p.writes = true;
-  p.slots = indices(slot_mapping);
-  if (!p.rotates) p.positions = p.slots;
-  p.capacity = static_cast<uint32_t>(view.blocks * view.block_size);
-  p.key.data = static_cast<char*>(k.data_ptr()), p.key.token_stride = k.stride(0) * element;
-  auto* const data = static_cast<char*>(cache.data_ptr());
-  p.rows.block_size = Divisor(static_cast<uint32_t>(std::max<int64_t>(view.block_size, 1)));
-  p.rows.latent = {data, view.block_stride, kIndexerDim};
-  p.rows.scales = {data + kIndexerDim * view.block_size, view.block_stride, 4};
-  align(p.key.data, 16, {p.key.token_stride});
-  align(data, chunk, {view.block_stride});
-  p.table.angle_shift = aligned && !is_neox ? 1 : 0;
-  if (checks_values(device)) check_values(args, p, device);
-  dispatch(k.scalar_type(), aligned, [&]<class A, int n>() {
-    const Grid<1> grid{{{p.tokens, log2_lanes(kIndexerDim / 2 / n)}}};
-    if (wide_angles) return launch(IndexerWrite<A, n, 4>{params}, grid, device);
-    return launch(IndexerWrite<A, n, 2>{params}, grid, device);
+void run(const WriteIndexerCache& x) {
+  Update update(x.name, x.device, *x.k, x.T);
+  update.bind_rotation(x.rotation, x.rotation.table ? int64_t{x.R} : 0, false);
+  update.bind_slots(*x.slot_mapping, x.cache);
+  update.params.key = update.heads_of(x.k);
+  update.params.rows = rows_of(x.cache);
+  update.align(update.params.rows.latent.data, update.chunk, {update.params.rows.latent.block_stride});
+  if (x.T == 0) return;
+  if (!update.params.rotates) update.params.positions = update.params.slots;
+  update.params.table.angle_shift = update.aligned && !x.is_neox ? 1 : 0;
+  update.check_values();
+  const IndexerParams params{update.params, x.power_of_two_scale};
+  dispatch(update.activation, update.aligned, [&]<class A, int n>() {
+    const Grid<1> grid{{{update.params.tokens, log2_lanes(kIndexerDim / 2 / n)}}};
+    if (update.wide_angles) return launch(IndexerWrite<A, n, 4>{params}, grid, x.device);
+    return launch(IndexerWrite<A, n, 2>{params}, grid, x.device);
   });
 }
 

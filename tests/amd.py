@@ -182,7 +182,7 @@ def load(path: Path, namespace: str, arch: str) -> Provider:
     """A HIP library as a provider on an emulated ``arch``, its ops in a torch namespace of its own."""
     chip = runtime()
     loaded = ctypes.CDLL(str(path))
-    _kept.extend([ops._define(namespace), loaded])
+    _kept.extend([ops.define(namespace), loaded])
     loaded.latentkv_register.argtypes = [ctypes.c_char_p]
     loaded.latentkv_register(namespace.encode())
 

@@ -222,7 +222,7 @@ def bad_calls() -> dict[str, tuple[dict[str, Any], str]]:
     """What is wrong with the arguments of a call, and the start of the error."""
     query = Query()
     calls: dict[str, tuple[dict[str, Any], str]] = {
-        "q's shape": ({"q": query.q[0]}, "q: expected shape [B, H, width], got"),
+        "q's shape": ({"q": query.q[0]}, "q: expected shape [B, H, L + R=48], got"),
         "q's dtype": ({"q": query.q.double()}, "q: expected dtype bfloat16 or float16 or float32, got float64"),
         "table": ({"block_table": query.table[:2]}, "block_table: expected shape [B=3, max_blocks], got"),
         "lengths": ({"seq_lens": query.seq_lens.float()}, "seq_lens: expected dtype int64 or int32, got float32"),

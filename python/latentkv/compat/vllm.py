@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cache.layouts import FORMATS
 from ..cache.platform import Platform
+from ..ops.checks import fail
 
 __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_embedding"]
 
@@ -29,6 +30,13 @@ def format_of(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
         known = ", ".join(("auto", "fp8", "fp8_e4m3", *_FORMATS))
         raise ValueError(f"kv_cache_dtype: expected one of {known}, got {kv_cache_dtype!r}")
     return _FORMATS[kv_cache_dtype]
+
+
+def _check_widths(op: str, kv_c: Tensor, k_pe: Tensor) -> None:
+    """vLLM's signatures do not say L and R, and two arguments that were exchanged would fill a row as well."""
+    if kv_c.shape[-1:] < k_pe.shape[-1:]:
+        expected = f"a latent vector longer than the rope key of k_pe ({k_pe.shape[-1]})"
+        fail(op, "kv_c", expected, kv_c.shape[-1])
 
 
 def concat_and_cache_mla_rope_fused(
@@ -55,6 +63,7 @@ def concat_and_cache_mla_rope_fused(
         ValueError: unknown kv_cache_dtype.
         RuntimeError: an argument's device, dtype, shape or strides are off.
     """
+    _check_widths("concat_and_cache_mla_rope_fused", kv_c, k_pe)
     torch.ops.latentkv.rope_write_cache_(
         positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, kv_cache, None, kv_cache_scale,
         format_of(kv_cache_dtype, kv_c, kv_cache), is_neox,
@@ -74,6 +83,7 @@ def concat_and_cache_mla(
 
     ``skip_scale`` stores convert(x) instead of convert(x / scale).
     """
+    _check_widths("concat_and_cache_mla", kv_c, k_pe)
     format = format_of(kv_cache_dtype, kv_c, kv_cache)
     torch.ops.latentkv.write_cache_(kv_c, k_pe, slot_mapping, kv_cache, None, None if skip_scale else scale, format)
 

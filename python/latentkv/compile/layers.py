@@ -8,15 +8,18 @@ return: this keeps a write before the read, and keeps the compiler from dropping
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..cache.layouts import MLACache
-from ..ops.checks import Arguments
+from ..ops.checks import call_of, check_positions, checks_values, fail
+from ..ops.description import LAYER_OPS
 from ..ops.schemas import LIBRARIES, NAMESPACE
 from ..providers import public
 
@@ -96,34 +99,45 @@ def step(
         _step.reset(token)
 
 
-def _find(args: Arguments, layer: int) -> tuple[MLACache | None, Tensor | None, bool]:
+@contextmanager
+def _as(op: str) -> Iterator[None]:
+    """Errors of the ops that ``op`` consists of come under its name, and with its arguments' names."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"^latentkv\.\w+: ", f"latentkv.{op}: ", str(error))
+        raise RuntimeError(re.sub(r"(?<=: )([qk])(?=: expected)", r"\1_pe", text)) from error
+
+
+def _find(op: str, layer: int) -> tuple[MLACache | None, Tensor | None, bool]:
     """The cache, the slots and ``rope_masked`` of a layer in the current step."""
     current = _step.get()
     name = repr(_names[layer]) if layer in _names else f"{layer}, which layer_index has given to no name"
     if current is None:
-        args.fail("layer", "a call within latentkv.compile.step", f"layer {name} outside of any")
+        fail(op, "layer", "a call within latentkv.compile.step", f"layer {name} outside of any")
     if layer not in current.layers:
         known = ", ".join(repr(_names[index]) for index in current.layers) or "none"
-        args.fail("layer", f"a layer of the current latentkv.compile.step ({known})", name)
+        fail(op, "layer", f"a layer of the current latentkv.compile.step ({known})", name)
     return *current.layers[layer], current.rope_masked
 
 
-def _key(args: Arguments, k_pe: Tensor) -> Tensor:
+def _key(op: str, k_pe: Tensor) -> Tensor:
     """k_pe as [N, R], a view."""
     if k_pe.dim() == 3 and k_pe.shape[1] == 1:
         return k_pe.squeeze(1)
     if k_pe.dim() != 2:
-        args.fail("k_pe", "shape [N, R] or [N, 1, R]", list(k_pe.shape))
+        fail(op, "k_pe", "shape [N, R] or [N, 1, R]", list(k_pe.shape))
     return k_pe
 
 
 def _layer_write_cache(kv_c: Tensor, k_pe: Tensor, layer: int) -> Tensor:
     """``write_cache_`` to the cache of a layer, if there are a cache and slots. k_pe is [N, R] or [N, 1, R]."""
-    args = Arguments("layer_write_cache", kv_c.device)
-    key = _key(args, k_pe)
-    cache, slots, _ = _find(args, layer)
+    op = "layer_write_cache"
+    key = _key(op, k_pe)
+    cache, slots, _ = _find(op, layer)
     if cache is not None and slots is not None:
-        public.write_cache_(kv_c, key, slots, cache)
+        with _as(op):
+            public.write_cache_(kv_c, key, slots, cache)
     return kv_c.new_empty(0)
 
 
@@ -131,17 +145,23 @@ def _layer_rope_write_cache(
     positions: Tensor, q_pe: Tensor, k_pe: Tensor, kv_c: Tensor, cos_sin_cache: Tensor, is_neox: bool, layer: int
 ) -> Tensor:
     """``rope_write_cache_`` to the cache of a layer, or ``rope_`` alone. k_pe is [N, R] or [N, 1, R]."""
-    args = Arguments("layer_rope_write_cache", kv_c.device)
-    key = _key(args, k_pe)
-    cache, slots, rope_masked = _find(args, layer)
-    rotated = 0  # rows, from the first
+    op = "layer_rope_write_cache"
+    key = _key(op, k_pe)
+    cache, slots, rope_masked = _find(op, layer)
+    rest = 0  # the first row that rope_ takes
     if cache is not None and slots is not None:
-        public.rope_write_cache_(
-            positions, q_pe, key, kv_c, cos_sin_cache, slots, cache, is_neox=is_neox, rope_masked=rope_masked
-        )
-        rotated = slots.shape[0] if rope_masked else q_pe.shape[0]
-    if rotated < q_pe.shape[0]:
-        public.rope_(positions[rotated:], q_pe[rotated:], key[rotated:], cos_sin_cache, is_neox=is_neox)
+        rest = slots.shape[0] if rope_masked else q_pe.shape[0]
+    if rest < q_pe.shape[0] and checks_values(kv_c.device):  # before the others are written
+        call_of(LAYER_OPS[op], (positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, layer))
+        every = torch.ones_like(positions[rest:], dtype=torch.bool)
+        check_positions(op, positions[rest:], cos_sin_cache, every, first=rest)
+    with _as(op):
+        if cache is not None and slots is not None:
+            public.rope_write_cache_(
+                positions, q_pe, key, kv_c, cos_sin_cache, slots, cache, is_neox=is_neox, rope_masked=rope_masked
+            )
+        if rest < q_pe.shape[0]:
+            public.rope_(positions[rest:], q_pe[rest:], key[rest:], cos_sin_cache, is_neox=is_neox)
     return kv_c.new_empty(0)
 
 

@@ -1,142 +1,437 @@
-"""Argument checks for the providers written in Python: the rules and messages of ``csrc_common/arguments.h``.
+"""Arguments as a call: named, checked against the op's description, with what belongs together in one piece.
 
-Every failure is a RuntimeError that says the op, the argument, what was expected and what came. :class:`Arguments` has
-the rules for single tensors; the functions below it are what the ops ask for.
+Every failure is a RuntimeError that says the op, the argument, what was expected and what came, and is raised before
+anything is written. ``csrc_common/arguments.h`` has the same rules and messages for the compiled kernels.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..cache.layouts import FORMATS, Format
+from ..cache.geometry import Region, Span, overlaps, overlaps_itself
+from ..cache.layouts import FORMATS, Format, Packed
+from .description import OPS, Argument, Op
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
-INDEX_TYPES = (torch.int64, torch.int32)
 QUERY_FORMATS = {f.dtype: f for f in FORMATS.values() if f.quantised}
-INDEX_DIM, INDEX_ROW_BYTES = 128, 132  # elements of an indexer key, and bytes of its cache row with the fp32 scale
+# A key of a sparse model's indexer: of a block 128 e4m3fn codes for each row, then an fp32 scale for each.
+_KEY = Packed((128, 0), tile=128, row_bytes=132, block_multiple=1)
+INDEXER = Format("indexer", torch.uint8, packed=_KEY)
+INDEX_DIM, INDEX_ROW_BYTES = _KEY.dims[0], _KEY.row_bytes
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "activation": ACTIVATIONS,
+    "index": (torch.int64, torch.int32),
+    "fp8": tuple(QUERY_FORMATS),
+    "float32": (torch.float32,),
+    "uint8": (torch.uint8,),
+}
+_NAMES = {a.name for op in OPS.values() for a in op.arguments}
+_LIMIT = 2**31  # of any size
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The checks of one call of ``op``, whose tensors must lie on ``device``."""
+def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    """Raises the error of a bad argument."""
+    raise RuntimeError(f"latentkv.{op}: {argument}: expected {expected}, got {got}")
 
-    op: str
+
+@dataclass(frozen=True)
+class Stored:
+    """A cache as an op takes it: its tensors, how they are to be read, and what its arguments are called.
+
+    Attributes:
+        data: [B, bs, C] or [B, 1, bs, C]: the rows, or the latent parts.
+        rope_data: the rope parts of a split cache, else None.
+        scale: one fp32 element, or None for 1; None for formats without one.
+        format: of its rows.
+        latent_dim, rope_dim: L and R.
+    """
+
+    data: Tensor
+    rope_data: Tensor | None
+    scale: Tensor | None
+    format: Format
+    latent_dim: int
+    rope_dim: int
+
+    @property
+    def num_blocks(self) -> int:
+        """B."""
+        return self.data.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a block."""
+        return self.data.shape[-2]
+
+    @property
+    def capacity(self) -> int:
+        """Slots 0 .. capacity - 1 exist."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Latent, rope and a packed format's scales: views [B, bs, .] of elements; bytes for fp8 and packed."""
+        packed, latent, rope = self.format.packed, self.latent_dim, self.rope_dim
+        if packed and packed.block_multiple is not None:
+            rows, scales = runs_of(self.data, latent + 2 * rope, packed.row_bytes - latent - 2 * rope)
+            return rows[..., :latent], rows[..., latent:], scales
+        pages, *more = (self._pages(t) for t in (self.data, self.rope_data) if t is not None)
+        if packed:
+            codes, scales, key = pages[..., : packed.row_bytes].tensor_split((latent, -2 * rope), -1)
+            return codes, key, scales
+        return pages[..., :latent], more[0][..., :rope] if more else pages[..., latent : latent + rope]
+
+    def _pages(self, t: Tensor) -> Tensor:
+        pages = t.view(torch.uint8) if self.format.quantised else t
+        return pages.squeeze(1) if pages.dim() == 4 else pages
+
+
+def runs_of(cache: Tensor, *widths: int) -> tuple[Tensor, ...]:
+    """Blocks [B, bs, >= sum of widths] of bytes, in which first one part of all rows lies and then the next."""
+    blocks, entries = cache.shape[0], cache.shape[-2]
+    block = cache.as_strided((blocks, entries * sum(widths)), (cache.stride(0), 1))
+    parts = block.split([entries * width for width in widths], 1)
+    return tuple(part.unflatten(1, (entries, width)) for part, width in zip(parts, widths, strict=True))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Where tokens are turned to: positions [N] and the table [max_position, R], cos half | sin half."""
+
+    positions: Tensor
+    table: Tensor
+    is_neox: bool
+    inverse: bool
+
+
+@dataclass
+class Call:
+    """A checked call of ``op``: its arguments are attributes, a cache is one :class:`Stored`.
+
+    Attributes:
+        op: the description.
+        device: that all tensors lie on.
+        sizes: what the letters of the shapes stand for.
+        rotation: None where nothing is turned.
+    """
+
+    op: Op
     device: torch.device
+    sizes: dict[str, int] = field(default_factory=dict)
+    rotation: Rotation | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """None for an argument that only other ops have."""
+        if name not in _NAMES:
+            raise AttributeError(f"latentkv.{self.op.name}: no op has an argument {name}")
+        return None
 
     def fail(self, argument: str, expected: str, got: object) -> NoReturn:
-        """Raises the error."""
-        raise RuntimeError(f"latentkv.{self.op}: {argument}: expected {expected}, got {got}")
+        """Raises the error of a bad argument."""
+        fail(self.op.name, argument, expected, got)
+
+    @property
+    def tokens(self) -> int:
+        """T, or N where there are no slots."""
+        return self.sizes["T" if "T" in self.sizes else "N"]
+
+    @property
+    def written(self) -> list[Stored]:
+        """The caches that get a row per token."""
+        if self.slot_mapping is None:
+            return []
+        return self.caches or [self.cache]
+
+
+def call_of(op: Op, args: Sequence[Any]) -> Call:
+    """The call of an op with the arguments of its torch schema, checked.
+
+    Raises:
+        RuntimeError: an argument's device, dtype, shape or strides are off, or two share memory that they may not.
+    """
+    return _Check(op, args).call
+
+
+class _Check:
+    """One pass over the arguments of a call."""
+
+    def __init__(self, op: Op, args: Sequence[Any]) -> None:
+        plain = op.plain
+        defaults = [None if p.default in (None, "None") else _literal(p.default) for p in plain[len(args) :]]
+        self.op, self.values = op, dict(zip((p.name for p in plain), (*args, *defaults), strict=True))
+        self.blame: dict[str, str] = {}  # by letter: the argument that gave it its value
+        lead = self.values[op.lead]
+        if isinstance(lead, list | tuple) and not lead:
+            fail(op.name, op.lead, "at least one tensor", "none")
+        self.call = Call(op, (lead[0] if isinstance(lead, list | tuple) else lead).device)
+        self.sizes, self.regions = self.call.sizes, list[Region]()
+        rotates = "cos_sin_cache" in self.values
+        for argument in op.in_check_order:
+            if rotates and not argument.size and argument.name != op.lead:
+                rotates = False
+                self.both_or_none()
+            self.argument(argument)
+        self.finish()
+
+    def fail(self, argument: str, expected: str, got: object) -> NoReturn:
+        fail(self.op.name, argument, expected, got)
+
+    # ------------------------------------------------------------------------------------------------- by argument
+
+    def argument(self, a: Argument) -> None:
+        value = self.values[a.name]
+        if a.kind == "tensor" and a.shape != "indexer":
+            if value is not None:
+                self.tensor(a, a.name, value)
+        elif a.kind == "tensors":
+            self.tensors(a, value)
+        elif a.size and value is not None:
+            if value < a.least:
+                self.fail(a.name, f"at least {a.least}", value)
+            self.bind(a.size, value, a.name)
+        setattr(self.call, a.name, value)
+
+    def tensors(self, a: Argument, values: Sequence[Tensor]) -> None:
+        if a.name != self.op.lead:
+            self.as_many(a.name, values)
+        for i, t in enumerate(values):
+            self.tensor(a, f"{a.name}[{i}]", t)
+            if a.name == self.op.lead and i == 0:
+                self.sizes["G"] = len(values)
+
+    def as_many(self, name: str, values: Sequence[object]) -> None:
+        if len(values) != self.sizes["G"]:
+            self.fail(name, f"G={self.sizes['G']} entries, as {self.op.lead} has", len(values))
+
+    def tensor(self, a: Argument, name: str, t: Tensor) -> None:
+        self.on_device(name, t)
+        self.dtype(name, t, self.dtypes_of(a, name))
+        if a.shape:
+            given = a.unless and self.values[a.unless] is not None
+            self.shape(name, t, (a.without if given else a.shape).split("|"))
+        elif t.numel() != 1:
+            self.fail(name, "one element", f"shape {list(t.shape)}")
+        if a.shape:
+            self.unit_stride(name, t)
+        if a.mutated:
+            self.no_overlap(name, t)
+        self.region(name, t, a.mutated)
+
+    def dtypes_of(self, a: Argument, name: str) -> tuple[torch.dtype, ...]:
+        """What the description allows, each once."""
+        found: list[torch.dtype] = []
+        if a.name == self.op.lead and name.endswith("]") and not name.endswith("[0]"):
+            return (self.values[a.name][0].dtype,)
+        for word in a.dtypes.split("|"):
+            like = None if word in _DTYPES else self.values[word]
+            found += _DTYPES[word] if like is None else [(like[0] if isinstance(like, list | tuple) else like).dtype]
+        return tuple(dict.fromkeys(found))
+
+    def shape(self, name: str, t: Tensor, alternatives: Sequence[str]) -> None:
+        """Holds a tensor's sizes against ``N H L+R``, and learns the letters that are new."""
+        shape = next((s.split() for s in alternatives if len(s.split()) == t.dim()), alternatives[0].split())
+        texts, fits = [], len(shape) == t.dim()
+        for i, word in enumerate(shape):
+            letters = re.split(r"\+|<=|=", word)
+            known = self.known(word)
+            texts.append(" + ".join(letters) if "+" in word else letters[0])
+            if known is not None and "<=" not in word:
+                texts[-1] += "" if word.isdigit() else f"={known}"
+                fits = fits and t.shape[i] == known
+        if not fits:
+            self.fail(name, f"shape [{', '.join(texts)}]", list(t.shape))
+        for word, size in zip(shape, t.shape, strict=True):
+            if word == "R" and size % 2 and name != "cos_sin_cache":
+                self.fail(name, "an even rope dimension R", size)
+            if size >= _LIMIT:
+                self.fail(name, "fewer than 2^31 elements along a dimension", list(t.shape))
+            if "<=" in word:
+                letter, bound = word.split("<=")
+                if size > self.sizes[bound]:
+                    self.fail(name, f"at most {bound}={self.sizes[bound]} entries", size)
+                self.bind(letter, size, name)
+            elif "+" in word and self.known(word) is None:
+                first, second = word.split("+")
+                if size < self.sizes[first]:
+                    self.fail(self.blame[first], f"a number in 1 .. {size}, the width of {name}", self.sizes[first])
+                self.bind(second, size - self.sizes[first], name)
+            elif self.known(word) is None:
+                self.bind(word, size, name)
+
+    def known(self, word: str) -> int | None:
+        """The value of a number, a letter or a sum of both; None where a letter has none yet."""
+        if "=" in word and "<=" not in word:
+            return int(word.partition("=")[2])
+        values = [int(x) if x.isdigit() else self.sizes.get(x) for x in re.split(r"\+|<=", word)]
+        return None if None in values else sum(v for v in values if v is not None)
+
+    def bind(self, letter: str, size: int, name: str) -> None:
+        self.sizes.setdefault(letter, size)
+        self.blame.setdefault(letter, name)
+
+    # --------------------------------------------------------------------------------------------- single properties
 
     def on_device(self, argument: str, t: Tensor) -> None:
-        """The tensor lies on the op's device."""
-        if t.device != self.device:
-            self.fail(argument, f"a tensor on {self.device}", f"one on {t.device}")
+        if t.device != self.call.device:
+            self.fail(argument, f"a tensor on {self.call.device}", f"one on {t.device}")
 
     def dtype(self, argument: str, t: Tensor, types: Sequence[torch.dtype], purpose: str = "") -> None:
-        """The tensor has one of the dtypes."""
         if t.dtype not in types:
-            names = " or ".join(map(_name, dict.fromkeys(types)))
-            self.fail(argument, f"dtype {names} {purpose}".rstrip(), _name(t.dtype))
+            self.fail(argument, f"dtype {' or '.join(map(name_of, types))} {purpose}".rstrip(), name_of(t.dtype))
 
     def unit_stride(self, argument: str, t: Tensor) -> None:
-        """The last dimension is contiguous."""
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
             self.fail(argument, "a contiguous last dimension (stride 1)", f"stride {t.stride(-1)}")
 
-    def tensor(self, argument: str, t: Tensor, types: Sequence[torch.dtype], **shape: int) -> None:
-        """Device, dtype, shape (-1 matches any size) and stride of one tensor."""
-        self.on_device(argument, t)
-        self.dtype(argument, t, types)
-        sizes = list(shape.values())
-        if t.dim() != len(sizes) or any(e not in (-1, n) for e, n in zip(sizes, t.shape, strict=True)):
-            text = ", ".join(name if size < 0 else f"{name}={size}" for name, size in shape.items())
-            self.fail(argument, f"shape [{text}]", list(t.shape))
-        self.unit_stride(argument, t)
-
     def no_overlap(self, argument: str, t: Tensor) -> None:
-        """No two elements share memory: by rising stride, each dimension steps over what lies within it."""
-        if t.numel() == 0:
-            return
-        extent = 1
-        for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
-            if stride < extent:
-                self.fail(
-                    argument,
-                    "elements that do not overlap in memory",
-                    f"strides {list(t.stride())} for shape {list(t.shape)}",
-                )
-            extent += stride * (size - 1)
+        if overlaps_itself(t.shape, t.stride()):
+            strides = f"strides {list(t.stride())} for shape {list(t.shape)}"
+            self.fail(argument, "elements that do not overlap in memory", strides)
 
-    def known_format(self, argument: str, name: str) -> Format:
-        """The format of that name."""
-        if name not in FORMATS:
-            self.fail(argument, "a known format name", repr(name))
-        return FORMATS[name]
+    def region(self, name: str, t: Tensor, mutated: bool, width: int | None = None) -> None:
+        if (span := Span.of(t, width)) is not None:
+            self.regions.append(Region(name, span, mutated))
 
-    def format(self, name: str, kv_c: Tensor, k_pe: Tensor, names: tuple[str, str] = ("kv_c", "k_pe")) -> Format:
-        """The format of that name, against the activations to be written."""
-        f = self.known_format("format", name)
-        if f.activation is not None:
-            self.dtype(names[0], kv_c, (f.activation,), f"for format {name}")
-        if f.packed:
-            for argument, t, letter, size in zip(names, (kv_c, k_pe), "LR", f.packed.dims, strict=True):
-                if t.shape[1] != size:
-                    self.fail(argument, f"{letter}={size} for format {name}", t.shape[1])
-        return f
+    # ------------------------------------------------------------------------------------------- what belongs together
 
-    def cache(
-        self,
-        cache: Tensor,
-        rope_cache: Tensor | None,
-        scale: Tensor | None,
-        f: Format,
-        latent_dim: int,
-        rope_dim: int,
-        names: tuple[str, str, str] = ("cache", "rope_cache", "scale"),
-    ) -> None:
-        """The cache tensors and their scale, for rows of ``latent_dim`` and ``rope_dim`` elements."""
-        latent_name, rope_name, scale_name = names
+    def both_or_none(self) -> None:
+        positions, table = self.values["positions"], self.values["cos_sin_cache"]
+        if (positions is None) != (table is None):
+            missing = "positions" if positions is None else "cos_sin_cache"
+            self.fail(missing, "a tensor, as for the other of positions and cos_sin_cache", "None")
+
+    def finish(self) -> None:
+        """What concerns several arguments."""
+        for a in self.op.arguments:
+            if a.kind == "cache":
+                names = [p.name for p in self.op.plain if p.name in (a.name, f"{a.prefix}rope", "rope_cache")]
+                rope, prefix = names[1] if a.prefix else "rope_cache", a.prefix
+                setattr(self.call, a.name, self.stored(a, (a.name, rope, f"{prefix}scale", f"{prefix}format")))
+            elif a.kind == "caches":
+                self.call.caches = self.caches(a)  # type: ignore[attr-defined]
+            elif a.shape == "indexer":
+                self.indexer(a)
+        self.rest()
+        for one, other in overlaps(self.regions):
+            if not self.may_share(one.name, other.name):
+                self.fail(other.name, f"a tensor that shares no bytes with {one.name}", "overlapping memory")
+        positions, table = self.values.get("positions"), self.values.get("cos_sin_cache")
+        if positions is not None and table is not None and table.shape[1]:
+            rotation = Rotation(positions, table, self.values["is_neox"], self.values.get("inverse", False))
+            self.call.rotation = rotation
+
+    def may_share(self, a: str, b: str) -> bool:
+        """Whether two arguments may lie in the same memory: as one tensor, or as the caches of a conversion."""
+        if self.op.name == "convert_cache_":
+            return {a, b} <= {"src", "src_rope", "dst", "dst_rope"} and a[:3] != b[:3]
+        for argument in self.op.arguments:
+            if argument.aliases and {a, b} == {argument.name, argument.aliases}:
+                x, y = self.values[a], self.values[b]
+                return bool(x.data_ptr() == y.data_ptr() and x.stride() == y.stride())
+        return False
+
+    def rest(self) -> None:
+        """The few rules of single ops that a shape does not tell."""
+        if self.values.get("kv_c_out") is not None and self.values["kv_norm_weight"] is None:
+            self.fail("kv_c_out", "None without kv_norm_weight", "a tensor")
+        if self.op.name == "convert_cache_":
+            check_blocks(self.call)
+        if self.op.name == "mla_decode" and self.call.cache.format.packed:
+            self.fail("format", "one that is not packed", self.call.cache.format.name)
+
+    def stored(self, a: Argument, names: tuple[str, str, str, str], layer: int | None = None) -> Stored:
+        """A cache, for rows of L and R elements."""
+        data_name, rope_name, scale_name, format_name = names
+        data, rope, scale = (self.values[name] for name in names[:3])
+        if layer is not None:
+            data, rope, scale = data[layer], rope[layer] if rope else None, scale[layer]
+            data_name, rope_name, scale_name = (f"{name}[{layer}]" for name in names[:3])
+        latent_dim, rope_dim = self.sizes["L"], self.sizes["R"]
+        f = self.format(a, format_name)
         own, row = (f.storage_dtypes, f"for format {f.name}"), latent_dim + rope_dim
+        exact = f.packed is None and any(s.size and self.values[s.name] is None for s in self.op.arguments)
         if f.packed:
             size = f.packed.row_bytes
-            self.pages(latent_name, cache, size, f"{size} bytes", *own)
-            self.byte_rows(latent_name, cache, size if f.packed.block_multiple else None)
-            if rope_cache is not None:
+            self.pages(data_name, data, size, f"{size} bytes", False, *own)
+            self.byte_rows(data_name, data, size if f.packed.block_multiple else None)
+            if rope is not None:
                 self.fail(rope_name, f"None {own[1]}", "a tensor")
-        elif rope_cache is None:
-            self.pages(latent_name, cache, row, f"L + R={row} elements", *own)
+        elif rope is None:
+            self.pages(data_name, data, row, f"L + R={row} elements", exact, *own)
         else:
-            self.pages(latent_name, cache, latent_dim, f"L={latent_dim} elements", *own)
-            self.pages(rope_name, rope_cache, rope_dim, f"R={rope_dim} elements", *own)
-            self.same_blocks(rope_name, rope_cache, latent_name, cache)
-            if _share_bytes(cache, rope_cache, latent_dim, rope_dim):
-                self.fail(rope_name, f"a tensor that shares no bytes with {latent_name}", "overlapping memory")
-        self.capacity(latent_name, cache)
+            self.pages(data_name, data, latent_dim, f"L={latent_dim} elements", exact, *own)
+            self.pages(rope_name, rope, rope_dim, f"R={rope_dim} elements", exact, *own)
+            self.same_blocks(rope_name, rope, data_name, data)
+        width = None if f.packed else row if rope is None else latent_dim
+        self.region(data_name, data, a.mutated, width)
+        if rope is not None:
+            self.region(rope_name, rope, a.mutated, rope_dim)
         if scale is not None:
-            self.scale(scale_name, scale)
+            self.on_device(scale_name, scale)
+            self.dtype(scale_name, scale, (torch.float32,))
+            if scale.numel() != 1:
+                self.fail(scale_name, "one element", f"shape {list(scale.shape)}")
+            self.region(scale_name, scale, False)
+        return Stored(data, rope, scale if f.quantised else None, f, latent_dim, rope_dim)
+
+    def caches(self, a: Argument) -> list[Stored]:
+        """Those of several layers."""
+        names = ("caches", "rope_caches", "scales", "format")
+        for name in names[:3]:
+            if name != "rope_caches" or self.values[name]:
+                self.as_many(name, self.values[name])
+        found = []
+        for i in range(self.sizes["G"]):
+            found.append(self.stored(a, names, i))
+            self.same_blocks(f"caches[{i}]", found[i].data, "caches[0]", found[0].data)
+        return found
+
+    def format(self, a: Argument, argument: str) -> Format:
+        """The format of a cache, against what is to be written to it and against L and R."""
+        name = self.values[argument]
+        if name not in FORMATS:
+            self.fail(argument, "a known format name", repr(name))
+        f = FORMATS[name]
+        lead = self.values[self.op.lead]
+        if a.mutated and self.op[self.op.lead].dtypes and f.activation is not None:
+            first, layer = (lead[0], "[0]") if isinstance(lead, list | tuple) else (lead, "")
+            self.dtype(self.op.lead + layer, first, (f.activation,), f"for format {name}")
+        if f.packed:
+            for letter, size in zip("LR", f.packed.dims, strict=True):
+                if self.sizes[letter] != size:
+                    self.fail(self.blame[letter], f"{letter}={size} for format {name}", self.sizes[letter])
+        return f
 
     def pages(
-        self, argument: str, t: Tensor, size: int, text: str, types: Sequence[torch.dtype], purpose: str = ""
+        self, argument: str, t: Tensor, size: int, text: str, exact: bool, types: Sequence[torch.dtype], purpose: str
     ) -> None:
         """One cache tensor [B, bs, C] or [B, 1, bs, C] whose rows hold ``size`` elements, in words ``text``."""
         self.on_device(argument, t)
         self.dtype(argument, t, types, purpose)
         if not (t.dim() == 3 or (t.dim() == 4 and t.shape[1] == 1)):
             self.fail(argument, "shape [B, bs, C] or [B, 1, bs, C]", list(t.shape))
-        if t.shape[-1] < size:
-            self.fail(argument, f"rows of at least {text}", t.shape[-1])
+        if t.shape[-1] < size or (exact and t.shape[-1] != size):
+            least = "" if exact else "at least "
+            self.fail(argument, f"rows of {least}{text}", t.shape[-1])
         self.unit_stride(argument, t)
         self.no_overlap(argument, t)
+        rows = t.shape[0] * t.shape[-2]
+        if max(rows, t.shape[0], t.shape[-2]) >= _LIMIT:
+            got = rows if max(t.shape[0], t.shape[-2]) < _LIMIT else f"shape {list(t.shape)}"
+            self.fail(argument, "fewer than 2^31 rows", got)
 
     def byte_rows(self, argument: str, t: Tensor, apart: int | None) -> None:
         """Rows of mixed types, for access by 4 bytes; ``apart`` where those of a block must follow one another."""
@@ -147,429 +442,183 @@ class Arguments:
             got = f"address {t.data_ptr() % 4} modulo 4 and strides {list(t.stride())}"
             self.fail(argument, "rows that start at a multiple of 4 bytes", got)
 
-    def capacity(self, argument: str, t: Tensor) -> None:
-        """The cache tensor's rows can be counted in 31 bits."""
-        if t.shape[0] * t.shape[-2] >= 2**31:
-            self.fail(argument, "fewer than 2^31 rows", t.shape[0] * t.shape[-2])
-
     def same_blocks(self, argument: str, t: Tensor, other_argument: str, other: Tensor) -> None:
         """Both cache tensors have as many blocks and entries."""
         if (t.shape[0], t.shape[-2]) != (other.shape[0], other.shape[-2]):
             self.fail(argument, f"the blocks of {other_argument}: {list(other.shape)}", list(t.shape))
 
-    def scale(self, argument: str, t: Tensor) -> None:
-        """One fp32 element on the device."""
-        self.on_device(argument, t)
-        self.dtype(argument, t, (torch.float32,))
-        if t.numel() != 1:
-            self.fail(argument, "one element", f"shape {list(t.shape)}")
+    def indexer(self, a: Argument) -> None:
+        """The cache of an indexer's keys, and how much of a key is rotated."""
+        table, t = self.values["cos_sin_cache"], self.values[a.name]
+        if table is not None and table.shape[1] not in range(2, INDEX_DIM + 1, 2):
+            self.fail("cos_sin_cache", f"an even R in 2 .. {INDEX_DIM}", table.shape[1])
+        row = f"{INDEX_ROW_BYTES} bytes"
+        self.pages(a.name, t, INDEX_ROW_BYTES, row, False, _DTYPES[a.dtypes], "for format indexer")
+        self.byte_rows(a.name, t, INDEX_ROW_BYTES)
+        self.region(a.name, t, a.mutated)
+        setattr(self.call, a.name, Stored(t, None, None, INDEXER, INDEX_DIM, 0))
 
 
-def _share_bytes(cache: Tensor, rope_cache: Tensor, latent_dim: int, rope_dim: int) -> bool:
-    """Whether the latent rows of one tensor may share a byte with the rope rows of the other.
-
-    Apart are tensors whose address ranges are, and views of one buffer that interleave by entry or by block.
-    """
-    blocks, entries, size = cache.shape[0], cache.shape[-2], cache.element_size()
-    if blocks * entries * rope_dim == 0:
-        return False
-    block, entry = cache.stride(0) * size, cache.stride(-2) * size
-    rope_block, rope_entry = rope_cache.stride(0) * size, rope_cache.stride(-2) * size
-    offset = rope_cache.data_ptr() - cache.data_ptr()
-    row, rope_row = latent_dim * size, rope_dim * size
-    block_bytes, rope_block_bytes = (entries - 1) * entry + row, (entries - 1) * rope_entry + rope_row
-
-    def side_by_side(period: int, a: int, b: int) -> bool:
-        phase = offset % period
-        return phase >= b and phase + a <= period
-
-    if offset >= (blocks - 1) * block + block_bytes or -offset >= (blocks - 1) * rope_block + rope_block_bytes:
-        return False
-    same_blocks = block == rope_block or blocks == 1
-    if same_blocks and entry == rope_entry > 0 == block % entry and side_by_side(entry, rope_row, row):
-        return False
-    return not (same_blocks and blocks > 1 and side_by_side(block, rope_block_bytes, block_bytes))
+def _literal(text: str | None) -> Any:
+    """The default of a schema as a Python value."""
+    if text in ("True", "False"):
+        return text == "True"
+    return float(text or "nan")
 
 
-# ----------------------------------------------------------------------------------------------- what the ops ask for
+# ------------------------------------------------------------------------------------------------------ convert_cache_
 
 
-def check_rope(args: Arguments, positions: Tensor, q: Tensor, k: Tensor | None, table: Tensor) -> None:
-    """The arguments of rope_."""
-    args.tensor("q", q, ACTIVATIONS, N=-1, H=-1, R=-1)
-    n, _, rope_dim = q.shape
-    _check_positions(args, n, positions, table, rope_dim)
-    if k is not None and k.dim() == 3:
-        args.tensor("k", k, ACTIVATIONS, N=n, K=-1, R=rope_dim)
-    elif k is not None:
-        args.tensor("k", k, ACTIVATIONS, N=n, R=rope_dim)
-    _check_pairs(args, {"q": q, "k": k}, q.dtype, mutated=True)
-
-
-def check_update(
-    args: Arguments,
-    positions: Tensor | None,
-    q_pe: Tensor | None,
-    k_pe: Tensor,
-    kv_c: Tensor,
-    table: Tensor | None,
-    slots: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    mutated: bool,
-) -> Format:
-    """What is written to a cache, and the cache; ``mutated``: q_pe and k_pe are rotated in place."""
-    args.tensor("kv_c", kv_c, ACTIVATIONS, N=-1, L=-1)
-    n, latent_dim = kv_c.shape
-    if q_pe is not None:
-        args.tensor("q_pe", q_pe, ACTIVATIONS, N=n, H=-1, R=-1)
-    rope_dim = q_pe.shape[2] if q_pe is not None else k_pe.shape[-1] if k_pe.dim() else -1
-    _check_positions(args, n, positions, table, rope_dim)
-    args.tensor("k_pe", k_pe, ACTIVATIONS, N=n, R=rope_dim)
-    _check_pairs(args, {"q_pe": q_pe, "k_pe": k_pe}, kv_c.dtype, mutated)
-    _check_slots(args, n, slots)
-    f = args.format(format, kv_c, k_pe)
-    args.cache(cache, rope_cache, scale, f, latent_dim, rope_dim)
-    return f
-
-
-def check_query(
-    args: Arguments,
-    q_nope: Tensor | None,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    q_out: Tensor,
-    q_rope_out: Tensor | None,
-    q_scale: Tensor | None,
-) -> None:
-    """The query of decode_prologue, after :func:`check_update`."""
-    (n, heads, rope_dim), latent_dim, dtype = q_pe.shape, kv_c.shape[1], kv_c.dtype
-    if q_nope is not None:
-        args.tensor("q_nope", q_nope, (dtype,), N=n, H=heads, L=latent_dim)
-    width = {"L + R": latent_dim + rope_dim} if q_rope_out is None else {"L": latent_dim}
-    args.tensor("q_out", q_out, (dtype, *QUERY_FORMATS), N=n, H=heads, **width)
-    args.no_overlap("q_out", q_out)
-    if q_rope_out is not None:
-        args.tensor("q_rope_out", q_rope_out, (q_out.dtype,), N=n, H=heads, R=rope_dim)
-        args.no_overlap("q_rope_out", q_rope_out)
-    if q_scale is not None:
-        args.scale("q_scale", q_scale)
-
-
-def check_norm(args: Arguments, kv_c: Tensor, weight: Tensor | None, kv_c_out: Tensor | None) -> None:
-    """RMSNorm of decode_prologue."""
-    n, latent_dim = kv_c.shape
-    if weight is not None:
-        args.tensor("kv_norm_weight", weight, (kv_c.dtype, torch.float32), L=latent_dim)
-    if kv_c_out is not None:
-        if weight is None:
-            args.fail("kv_c_out", "None without kv_norm_weight", "a tensor")
-        args.tensor("kv_c_out", kv_c_out, (kv_c.dtype,), N=n, L=latent_dim)
-        args.no_overlap("kv_c_out", kv_c_out)
-
-
-def check_grouped(
-    args: Arguments,
-    kv_c: Sequence[Tensor],
-    k_pe: Sequence[Tensor],
-    slots: Tensor,
-    caches: Sequence[Tensor],
-    rope_caches: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    format: str,
-) -> Format:
-    """The arguments of write_cache_grouped_."""
-    layers = len(kv_c)
-    if not layers:
-        args.fail("kv_c", "at least one tensor", "none")
-    for name, given in (("k_pe", k_pe), ("caches", caches), ("rope_caches", rope_caches or caches), ("scales", scales)):
-        if len(given) != layers:
-            args.fail(name, f"G={layers} entries, as kv_c has", len(given))
-    n, latent_dim, rope_dim = -1, -1, k_pe[0].shape[-1] if k_pe[0].dim() else -1
-    for i, (latent, rope) in enumerate(zip(kv_c, k_pe, strict=True)):
-        types = (kv_c[0].dtype,) if i else ACTIVATIONS
-        args.tensor(f"kv_c[{i}]", latent, types, N=n, L=latent_dim)
-        n, latent_dim = latent.shape
-        args.tensor(f"k_pe[{i}]", rope, types, N=n, R=rope_dim)
-        _check_pairs(args, {f"k_pe[{i}]": rope}, latent.dtype, mutated=False)
-    _check_slots(args, n, slots)
-    f = args.format(format, kv_c[0], k_pe[0], ("kv_c[0]", "k_pe[0]"))
-    rope_parts: Sequence[Tensor | None] = rope_caches or [None] * layers
-    for i, (cache, rope_cache, scale) in enumerate(zip(caches, rope_parts, scales, strict=True)):
-        names = (f"caches[{i}]", f"rope_caches[{i}]", f"scales[{i}]")
-        args.cache(cache, rope_cache, scale, f, latent_dim, rope_dim, names)
-        args.same_blocks(names[0], cache, "caches[0]", caches[0])
-    return f
-
-
-def check_indexer(
-    args: Arguments, k: Tensor, positions: Tensor | None, table: Tensor | None, slots: Tensor, cache: Tensor
-) -> int:
-    """The arguments of write_indexer_cache_; R, how many elements are rotated."""
-    args.tensor("k", k, ACTIVATIONS, N=-1, D=INDEX_DIM)
-    _check_positions(args, len(k), positions, table, -1)
-    rope_dim = 0 if table is None else table.shape[1]
-    if table is not None and rope_dim not in range(2, INDEX_DIM + 1, 2):
-        args.fail("cos_sin_cache", f"an even R in 2 .. {INDEX_DIM}", rope_dim)
-    _check_slots(args, len(k), slots)
-    args.pages("cache", cache, INDEX_ROW_BYTES, f"{INDEX_ROW_BYTES} bytes", (torch.uint8,), "for format indexer")
-    args.byte_rows("cache", cache, INDEX_ROW_BYTES)
-    args.capacity("cache", cache)
-    return rope_dim
-
-
-def check_gather(
-    args: Arguments,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    out: Tensor,
-    latent_dim: int,
-    seq_starts: Tensor | None,
-) -> Format:
-    """The arguments of gather_cache."""
-    args.tensor("out", out, ACTIVATIONS, total=-1, width=-1)
-    width = out.shape[1]
-    if not 1 <= latent_dim <= width:
-        args.fail("kv_lora_rank", f"a number in 1 .. {width}, the width of out", latent_dim)
-    args.no_overlap("out", out)
-    f = _check_stored(args, cache, rope_cache, scale, format, latent_dim, width - latent_dim)
-    args.tensor("block_table", block_table, INDEX_TYPES, S=-1, max_blocks=-1)
-    sequences = block_table.shape[0]
-    args.tensor("cu_seq_lens", cu_seq_lens, INDEX_TYPES, **{"S + 1": sequences + 1})
-    if seq_starts is not None:
-        args.tensor("seq_starts", seq_starts, INDEX_TYPES, S=sequences)
-    if out.shape[0] >= 2**31:
-        args.fail("out", "fewer than 2^31 rows", out.shape[0])
-    return f
-
-
-def check_convert(
-    args: Arguments,
-    src: Tensor,
-    src_rope: Tensor | None,
-    src_scale: Tensor | None,
-    src_format: str,
-    dst: Tensor,
-    dst_rope: Tensor | None,
-    dst_scale: Tensor | None,
-    dst_format: str,
-    latent_dim: int,
-    rope_dim: int,
-    src_blocks: Tensor | None,
-    dst_blocks: Tensor | None,
-) -> tuple[Format, Format]:
-    """The arguments of convert_cache_; the formats of src and dst."""
-    for name, value, least in (("kv_lora_rank", latent_dim, 1), ("rope_dim", rope_dim, 0)):
-        if value < least:
-            args.fail(name, f"at least {least}", value)
-    sides = (("src", src, src_rope, src_scale, src_format), ("dst", dst, dst_rope, dst_scale, dst_format))
-    f, g = (
-        _check_stored(args, cache, rope, scale, format, latent_dim, rope_dim, (name, f"{name}_rope", f"{name}_scale"))
-        for name, cache, rope, scale, format in sides
-    )
-    for name, blocks in (("src_blocks", src_blocks), ("dst_blocks", dst_blocks)):
-        if blocks is not None and blocks.dim() == 2:
-            args.tensor(name, blocks, INDEX_TYPES, S=-1, blocks=-1)
-        elif blocks is not None:
-            args.tensor(name, blocks, INDEX_TYPES, blocks=-1)
-    (runs, src_count), (dst_runs, dst_count) = block_counts(src, src_blocks), block_counts(dst, dst_blocks)
-    if runs != dst_runs:
-        args.fail("dst_blocks", f"S={runs} runs of blocks, as src_blocks has", dst_runs)
-    src_size, dst_size = src.shape[-2], dst.shape[-2]
-    # Blocks for the same number of tokens: some number needs just so many blocks of either size.
-    fewest = max((src_count - 1) * src_size, (dst_count - 1) * dst_size) + 1
-    if (src_count or dst_count) and fewest > min(src_count * src_size, dst_count * dst_size):
-        expected = f"{-(-src_count * src_size // max(dst_size, 1))} blocks of {dst_size}"
-        args.fail("dst_blocks", f"{expected}, for src_blocks has {src_count} of {src_size}", dst_count)
-    if runs * src_count * src_size >= 2**31:
-        args.fail("src_blocks", "fewer than 2^31 rows in all", runs * src_count * src_size)
-    return f, g
-
-
-def block_counts(cache: Tensor, blocks: Tensor | None) -> tuple[int, int]:
+def block_counts(cache: Stored, blocks: Tensor | None) -> tuple[int, int]:
     """The runs of blocks that convert_cache_ goes through on one side, and the blocks of each."""
     if blocks is None:
-        return 1, cache.shape[0]
+        return 1, cache.num_blocks
     return (1, blocks.shape[0]) if blocks.dim() == 1 else (blocks.shape[0], blocks.shape[1])
 
 
-def check_decode(
-    args: Arguments,
-    q: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    latent_dim: int,
-) -> Format:
-    """The arguments of mla_decode."""
-    args.tensor("q", q, ACTIVATIONS, B=-1, H=-1, width=-1)
-    batch, _, width = q.shape
-    if not 1 <= latent_dim <= width:
-        args.fail("kv_lora_rank", f"a number in 1 .. {width}, the width of q", latent_dim)
-    f = _check_stored(args, cache, rope_cache, scale, format, latent_dim, width - latent_dim)
-    if f.packed:
-        args.fail("format", "one that is not packed", format)
-    args.tensor("block_table", block_table, INDEX_TYPES, B=batch, max_blocks=-1)
-    args.tensor("seq_lens", seq_lens, INDEX_TYPES, B=batch)
-    return f
-
-
-def _check_stored(
-    args: Arguments,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    latent_dim: int,
-    rope_dim: int,
-    names: tuple[str, str, str] = ("cache", "rope_cache", "scale"),
-) -> Format:
-    """A cache that is read."""
-    f = args.known_format("format" if names[0] == "cache" else f"{names[0]}_format", format)
-    if f.packed and (latent_dim, rope_dim) != f.packed.dims:
-        expected = f"(L, R)={f.packed.dims} for format {format}"
-        args.fail("kv_lora_rank", expected, (latent_dim, rope_dim))
-    args.cache(cache, rope_cache, scale, f, latent_dim, rope_dim, names)
-    return f
-
-
-def _check_positions(args: Arguments, n: int, positions: Tensor | None, table: Tensor | None, rope_dim: int) -> None:
-    if (positions is None) != (table is None):
-        missing = "positions" if positions is None else "cos_sin_cache"
-        args.fail(missing, "a tensor, as for the other of positions and cos_sin_cache", "None")
-    if positions is not None and table is not None:
-        args.tensor("positions", positions, INDEX_TYPES, N=n)
-        args.tensor("cos_sin_cache", table, ACTIVATIONS, max_position=-1, R=rope_dim)
-
-
-def _check_pairs(args: Arguments, tensors: dict[str, Tensor | None], dtype: torch.dtype, mutated: bool) -> None:
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        args.dtype(name, t, (dtype,))
-        if t.shape[-1] % 2:
-            args.fail(name, "an even rope dimension R", t.shape[-1])
-        if mutated:
-            args.no_overlap(name, t)
-
-
-def _check_slots(args: Arguments, n: int, slots: Tensor) -> None:
-    args.tensor("slot_mapping", slots, INDEX_TYPES, T=-1)
-    if slots.shape[0] > n:
-        args.fail("slot_mapping", f"at most N={n} entries", slots.shape[0])
+def check_blocks(x: Call) -> None:
+    """That src_blocks and dst_blocks are for the same tokens: some number needs just so many blocks of either size."""
+    (runs, count), (dst_runs, dst_count) = block_counts(x.src, x.src_blocks), block_counts(x.dst, x.dst_blocks)
+    if runs != dst_runs:
+        x.fail("dst_blocks", f"S={runs} runs of blocks, as src_blocks has", dst_runs)
+    size, dst_size = x.src.block_size, x.dst.block_size
+    fewest = max((count - 1) * size, (dst_count - 1) * dst_size) + 1
+    if (count or dst_count) and fewest > min(count * size, dst_count * dst_size):
+        expected = f"{-(-count * size // max(dst_size, 1))} blocks of {dst_size}"
+        x.fail("dst_blocks", f"{expected}, for src_blocks has {count} of {size}", dst_count)
+    if runs * count * size >= _LIMIT:
+        x.fail("src_blocks", "fewer than 2^31 rows in all", runs * count * size)
 
 
 # --------------------------------------------------------------------------------------------------- values of indices
 
 
+def checks_on() -> bool:
+    """Whether ``LATENTKV_CHECKS`` asks for values to be looked at everywhere."""
+    return os.environ.get("LATENTKV_CHECKS", "").lower() in ("1", "true", "yes", "on")
+
+
 def checks_values(device: torch.device) -> bool:
-    """Whether slots, positions and block numbers are looked at: always on a CPU, on a GPU by ``LATENTKV_CHECKS=1``."""
-    return device.type == "cpu" or os.environ.get("LATENTKV_CHECKS") == "1"
+    """Whether slots, positions and block numbers are looked at: always on a CPU, on a GPU under ``LATENTKV_CHECKS``."""
+    return device.type == "cpu" or checks_on()
 
 
-def outside(
-    args: Arguments,
-    rotates: Tensor,
-    slots: Tensor | None,
-    capacity: int,
-    positions: Tensor | None,
-    table: Tensor | None,
-) -> Tensor:
-    """Which rows have a slot past the capacity or, if one ``rotates``, a position outside the table; or it raises."""
-    bad_slots = torch.zeros_like(rotates) if slots is None else slots >= capacity
-    bad_positions = torch.zeros_like(rotates)
-    if positions is not None and table is not None:
-        bad_positions = rotates & ((positions < 0) | (positions >= table.shape[0]))
-    if checks_values(rotates.device):
-        if slots is not None and bad_slots.any():
-            row = int(bad_slots.nonzero()[0])
-            args.fail("slot_mapping", f"slots below the capacity of {capacity}", f"{int(slots[row])} at row {row}")
-        if positions is not None and table is not None and bad_positions.any():
-            row = int(bad_positions.nonzero()[0])
-            args.fail("positions", f"values in 0 .. {table.shape[0] - 1}", f"{int(positions[row])} at row {row}")
-    return bad_slots | bad_positions
+def check_scale(op: str, name: str, scale: Tensor | None) -> None:
+    """That a scale is a positive number: asked under ``LATENTKV_CHECKS``."""
+    if scale is not None and not 0 < (value := float(scale.reshape(()))) < math.inf:
+        fail(op, name, "a positive number", f"{value:g}")
 
 
-def gather_slots(
-    args: Arguments,
-    cache: Tensor,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    out: Tensor,
-    seq_starts: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def check_positions(op: str, positions: Tensor, table: Tensor, rows: Tensor, first: int = 0) -> Tensor:
+    """Which of ``rows`` (bool [n]) have a position outside the table; or it raises. ``first`` is row 0 for the user."""
+    bad = rows & ((positions < 0) | (positions >= table.shape[0]))
+    if checks_values(positions.device) and bad.any():
+        row = int(bad.nonzero()[0])
+        at = f"{int(positions[row])} at row {first + row}"
+        fail(op, "positions", f"values in 0 .. {table.shape[0] - 1}", at)
+    return bad
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done for tokens [T].
+
+    Attributes:
+        alive: neither slot nor position (of what is rotated) lies outside.
+        rotate: turned.
+        write: has a cache row.
+    """
+
+    alive: Tensor
+    rotate: Tensor
+    write: Tensor
+
+
+def plan(x: Call) -> Plan:
+    """The plan of an update; raises for what lies outside where values are looked at."""
+    slots, caches = x.slot_mapping, x.written
+    alive = torch.ones(x.tokens, dtype=torch.bool, device=x.device)
+    valid = alive
+    if slots is not None:
+        capacity = caches[0].capacity
+        alive, valid = slots < capacity, (slots >= 0) & (slots < capacity)
+        if checks_values(x.device) and not alive.all():
+            row = int((~alive).nonzero()[0])
+            x.fail("slot_mapping", f"slots below the capacity of {capacity}", f"{int(slots[row])} at row {row}")
+    rotate = torch.zeros_like(alive)
+    if x.rotation is not None:
+        rotate = alive if slots is None or x.rope_masked else valid
+        bad = check_positions(x.op.name, x.rotation.positions[: x.tokens], x.rotation.table, rotate)
+        alive, rotate = alive & ~bad, rotate & ~bad
+    if checks_on():
+        names = [f"scales[{i}]" for i in range(len(caches))] if x.caches else ["scale"]
+        for name, scale in (*zip(names, (c.scale for c in caches), strict=False), ("q_scale", x.q_scale)):
+            check_scale(x.op.name, name, scale)
+    return Plan(alive, rotate, valid & alive)
+
+
+def gather_slots(x: Call) -> tuple[Tensor, Tensor]:
     """The rows of ``out`` that gather_cache writes and the slot of each, -1 for a row without a block; or it raises."""
-    if checks_values(cache.device):
-        lengths = cu_seq_lens.diff()
-        if cu_seq_lens[0] != 0 or (lengths < 0).any():
-            args.fail("cu_seq_lens", "rising numbers from 0 on", cu_seq_lens.tolist())
-        if cu_seq_lens[-1] > len(out):
-            args.fail("out", f"at least {int(cu_seq_lens[-1])} rows, as cu_seq_lens ends there", len(out))
+    ends, out = x.cu_seq_lens, x.out
+    if checks_values(x.device):
+        if ends[0] != 0 or (ends.diff() < 0).any():
+            x.fail("cu_seq_lens", "rising numbers from 0 on", ends.tolist())
+        if ends[-1] > len(out):
+            x.fail("out", f"at least {int(ends[-1])} rows, as cu_seq_lens ends there", len(out))
     rows = torch.arange(len(out), device=out.device)
-    sequence = torch.searchsorted(cu_seq_lens[1:].contiguous().long(), rows, right=True)
-    rows, sequence = (x[sequence < len(block_table)] for x in (rows, sequence))
-    token = rows - cu_seq_lens[sequence] + (0 if seq_starts is None else seq_starts[sequence])
-    return rows, _slots_of(args, "block_table", block_table, sequence, token, cache, missing=True)
+    sequence = torch.searchsorted(ends[1:].contiguous().long(), rows, right=True)
+    rows, sequence = (v[sequence < len(x.block_table)] for v in (rows, sequence))
+    token = rows - ends[sequence] + (0 if x.seq_starts is None else x.seq_starts[sequence])
+    return rows, _slots_of(x, "block_table", x.block_table, sequence, token, x.cache, missing=True)
 
 
-def convert_slots(
-    args: Arguments, src: Tensor, dst: Tensor, src_blocks: Tensor | None, dst_blocks: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def convert_slots(x: Call) -> tuple[Tensor, Tensor]:
     """The slots in src and dst of every token of convert_cache_, -1 where there is none; or it raises."""
-    runs, count = block_counts(src, src_blocks)
-    tokens = min(count * src.shape[-2], block_counts(dst, dst_blocks)[1] * dst.shape[-2])
-    run = torch.arange(runs, device=src.device).repeat_interleave(tokens)
-    token = torch.arange(tokens, device=src.device).repeat(runs)
+    runs, count = block_counts(x.src, x.src_blocks)
+    tokens = min(count * x.src.block_size, block_counts(x.dst, x.dst_blocks)[1] * x.dst.block_size)
+    run = torch.arange(runs, device=x.device).repeat_interleave(tokens)
+    token = torch.arange(tokens, device=x.device).repeat(runs)
     slots, dst_slots = (
-        _slots_of(args, name, _blocks(cache, blocks), run, token, cache, missing=False)
-        for name, cache, blocks in (("src_blocks", src, src_blocks), ("dst_blocks", dst, dst_blocks))
+        _slots_of(x, name, _blocks(cache, blocks), run, token, cache, missing=False)
+        for name, cache, blocks in (("src_blocks", x.src, x.src_blocks), ("dst_blocks", x.dst, x.dst_blocks))
     )
     return slots, dst_slots
 
 
-def decode_slots(args: Arguments, cache: Tensor, block_table: Tensor, seq_lens: Tensor) -> Iterator[Tensor]:
+def decode_slots(x: Call) -> Iterator[Tensor]:
     """For each sequence of mla_decode the slots of its tokens, -1 where there is none; or it raises."""
-    for i, length in enumerate(seq_lens.tolist()):
-        token = torch.arange(max(length, 0), device=cache.device)
-        yield _slots_of(args, "block_table", block_table, torch.full_like(token, i), token, cache, missing=True)
+    for i, length in enumerate(x.seq_lens.tolist()):
+        token = torch.arange(max(length, 0), device=x.device)
+        yield _slots_of(x, "block_table", x.block_table, torch.full_like(token, i), token, x.cache, missing=True)
 
 
-def _blocks(cache: Tensor, blocks: Tensor | None) -> Tensor:
+def _blocks(cache: Stored, blocks: Tensor | None) -> Tensor:
     """The block numbers [S, n] that convert_cache_ goes through on one side."""
     if blocks is None:
-        return torch.arange(cache.shape[0], device=cache.device)[None]
+        return torch.arange(cache.num_blocks, device=cache.data.device)[None]
     return blocks[None] if blocks.dim() == 1 else blocks
 
 
 def _slots_of(
-    args: Arguments, name: str, blocks: Tensor, sequence: Tensor, token: Tensor, cache: Tensor, missing: bool
+    x: Call, name: str, blocks: Tensor, sequence: Tensor, token: Tensor, cache: Stored, missing: bool
 ) -> Tensor:
     """The slots of some sequences' tokens, by their blocks [S, n]; -1 where there is none, or it raises.
 
     ``missing``: a negative block number is a fault, too.
     """
-    count, size = cache.shape[0], max(cache.shape[-2], 1)
+    count, size = cache.num_blocks, max(cache.block_size, 1)
     column = token // size
     inside = (token >= 0) & (column < blocks.shape[1])
-    if missing and checks_values(cache.device) and not inside.all():
+    if missing and checks_values(x.device) and not inside.all():
         row = int((~inside).nonzero()[0])
         expected = f"blocks for token {int(token[row])} of sequence {int(sequence[row])}, {size} tokens each"
-        args.fail(name, expected, f"{blocks.shape[1]} blocks")
+        x.fail(name, expected, f"{blocks.shape[1]} blocks")
     if not blocks.shape[1]:
         return torch.full_like(token, -1)
     number = blocks[sequence, column.clamp(0, blocks.shape[1] - 1)].long()
     bad = inside & ((number >= count) | (missing & (number < 0)))
-    if checks_values(cache.device) and bad.any():
+    if checks_values(x.device) and bad.any():
         row = int(bad.nonzero()[0])
         at = f"{int(number[row])} at [{int(sequence[row])}, {int(column[row])}]"
-        args.fail(name, f"block numbers in 0 .. {count - 1}", at)
+        x.fail(name, f"block numbers in 0 .. {count - 1}", at)
     return torch.where(inside & (number >= 0) & (number < count), number * size + token % size, -1)

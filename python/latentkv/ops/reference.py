@@ -13,24 +13,8 @@ import torch
 from torch import Tensor
 
 from ..cache.layouts import FORMATS, Format
-from .checks import (
-    INDEX_DIM,
-    QUERY_FORMATS,
-    Arguments,
-    check_convert,
-    check_decode,
-    check_gather,
-    check_grouped,
-    check_indexer,
-    check_norm,
-    check_query,
-    check_rope,
-    check_update,
-    convert_slots,
-    decode_slots,
-    gather_slots,
-    outside,
-)
+from .autograd import implementation
+from .checks import QUERY_FORMATS, Call, Rotation, Stored, convert_slots, decode_slots, gather_slots, plan
 
 # -------------------------------------------------------------------------------------------------- the arithmetic
 
@@ -98,227 +82,98 @@ def encode_tiles(x: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------- the ops
 
 
-def rope_(
-    positions: Tensor, q: Tensor, k: Tensor | None, cos_sin_cache: Tensor, is_neox: bool, inverse: bool = False
-) -> None:
+@implementation
+def rope_(x: Call) -> None:
     """See :meth:`latentkv.providers.Provider.rope_`."""
-    args = Arguments("rope_", q.device)
-    check_rope(args, positions, q, k, cos_sin_cache)
-    rotates = torch.full_like(positions, q.shape[2] > 0, dtype=torch.bool)
-    rows = (~outside(args, rotates, None, 0, positions, cos_sin_cache)).nonzero().flatten()
-    _rotate_rows(rows, positions, (q, k), cos_sin_cache, is_neox, inverse)
+    _turn(x.rotation, plan(x).rotate, x.q, x.k)
 
 
-def write_cache_(
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-) -> None:
+@implementation
+def write_cache_(x: Call) -> None:
     """See :meth:`latentkv.providers.Provider.write_cache_`."""
-    args = Arguments("write_cache_", kv_c.device)
-    f = check_update(args, None, None, k_pe, kv_c, None, slot_mapping, cache, rope_cache, scale, format, False)
-    rows, _ = _plan(args, None, None, slot_mapping, cache, False)
-    _write_rows(rows, slot_mapping, kv_c[rows], k_pe[rows], cache, rope_cache, scale, f)
+    _write(x, plan(x).write, [x.kv_c], [x.k_pe])
 
 
-def rope_write_cache_(
-    positions: Tensor | None,
-    q_pe: Tensor,
-    k_pe: Tensor,
-    kv_c: Tensor,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    is_neox: bool,
-    rope_masked: bool = False,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.rope_write_cache_`."""
-    args = Arguments("rope_write_cache_", kv_c.device)
-    rotates, slots = cos_sin_cache is not None, slot_mapping
-    f = check_update(
-        args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slots, cache, rope_cache, scale, format, rotates
-    )  # fmt: skip
-    rows, turned = _plan(args, positions, cos_sin_cache, slots, cache, rope_masked)
-    _rotate_rows(turned, positions, (q_pe, k_pe), cos_sin_cache, is_neox)
-    _write_rows(rows, slots, kv_c[rows], k_pe[rows], cache, rope_cache, scale, f)
-
-
-def decode_prologue(
-    q_nope: Tensor | None,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    q_out: Tensor,
-    q_rope_out: Tensor | None,
-    kv_c_out: Tensor | None,
-    q_scale: Tensor | None,
-    kv_norm_weight: Tensor | None,
-    is_neox: bool,
-    kv_norm_eps: float = 1e-6,
-    rope_masked: bool = True,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.decode_prologue`."""
-    args, slots = Arguments("decode_prologue", kv_c.device), slot_mapping
-    f = check_update(args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slots, cache, rope_cache, scale, format, False)
-    check_query(args, q_nope, q_pe, kv_c, q_out, q_rope_out, q_scale)
-    check_norm(args, kv_c, kv_norm_weight, kv_c_out)
-
-    rows, turned = _plan(args, positions, cos_sin_cache, slots, cache, rope_masked)
-    q_pe, k_pe, latent = q_pe.clone(), k_pe.clone(), kv_c[rows]
-    _rotate_rows(turned, positions, (q_pe, k_pe), cos_sin_cache, is_neox)
-    parts = (q_out, q_rope_out) if q_rope_out is not None else q_out.tensor_split((kv_c.shape[1],), -1)
-    dead = torch.ones(len(q_pe), dtype=torch.bool, device=q_pe.device).index_fill_(0, rows, False)
-    for out, x in zip(parts, (q_nope, q_pe), strict=True):
-        assert out is not None
-        kind = QUERY_FORMATS.get(out.dtype)
-        out = out.view(torch.uint8) if kind else out
-        if x is not None and kind:
-            one = torch.ones((), device=x.device)
-            factor = one if q_scale is None else one / q_scale.reshape(())
-            out[rows] = quantise(x[rows].float() * factor, kind)
-        elif x is not None:
-            out[rows] = x[rows]
-        out[dead] = 0
-    if kv_norm_weight is not None:
-        latent = rms_norm(latent, kv_norm_weight, kv_norm_eps)
-    if kv_c_out is not None:
-        kv_c_out[rows] = latent
-    _write_rows(rows, slots, latent, k_pe[rows], cache, rope_cache, scale, f)
-
-
-def write_cache_grouped_(
-    kv_c: Sequence[Tensor],
-    k_pe: Sequence[Tensor],
-    slot_mapping: Tensor,
-    caches: Sequence[Tensor],
-    rope_caches: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    format: str,
-) -> None:
+@implementation
+def write_cache_grouped_(x: Call) -> None:
     """See :meth:`latentkv.providers.Provider.write_cache_grouped_`."""
-    args = Arguments("write_cache_grouped_", kv_c[0].device if kv_c else slot_mapping.device)
-    f = check_grouped(args, kv_c, k_pe, slot_mapping, caches, rope_caches, scales, format)
-    rope_parts: Sequence[Tensor | None] = rope_caches or [None] * len(kv_c)
-    rows, _ = _plan(args, None, None, slot_mapping, caches[0], False)
-    for latent, rope, cache, rope_cache, scale in zip(kv_c, k_pe, caches, rope_parts, scales, strict=True):
-        _write_rows(rows, slot_mapping, latent[rows], rope[rows], cache, rope_cache, scale, f)
+    _write(x, plan(x).write, x.kv_c, x.k_pe)
 
 
-def write_indexer_cache_(
-    k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    is_neox: bool,
-    power_of_two_scale: bool = False,
-) -> None:
+@implementation
+def rope_write_cache_(x: Call) -> None:
+    """See :meth:`latentkv.providers.Provider.rope_write_cache_`."""
+    todo = plan(x)
+    _turn(x.rotation, todo.rotate, x.q_pe, x.k_pe)
+    _write(x, todo.write, [x.kv_c], [x.k_pe])
+
+
+@implementation
+def decode_prologue(x: Call) -> None:
+    """See :meth:`latentkv.providers.Provider.decode_prologue`."""
+    todo, q_pe, k_pe, latent = plan(x), x.q_pe.clone(), x.k_pe.clone(), x.kv_c
+    _turn(x.rotation, todo.rotate, q_pe, k_pe)
+    if x.kv_norm_weight is not None:
+        latent = rms_norm(latent, x.kv_norm_weight, x.kv_norm_eps)
+    rows = todo.alive.nonzero().flatten()
+    parts = (x.q_out, x.q_rope_out) if x.q_rope_out is not None else x.q_out.tensor_split((x.sizes["L"],), -1)
+    for out, heads in zip(parts, (x.q_nope, q_pe), strict=True):
+        _put_heads(out, heads, rows, x.q_scale)
+    if x.kv_c_out is not None:
+        x.kv_c_out[rows] = latent[rows]
+    _write(x, todo.write, [latent], [k_pe])
+
+
+@implementation
+def write_indexer_cache_(x: Call) -> None:
     """See :meth:`latentkv.providers.Provider.write_indexer_cache_`."""
-    args = Arguments("write_indexer_cache_", k.device)
-    rope_dim = check_indexer(args, k, positions, cos_sin_cache, slot_mapping, cache)
-    rows, turned = _plan(args, positions, cos_sin_cache, slot_mapping, cache, False)
-    k = k.clone()
-    _rotate_rows(turned, positions, (k[:, :rope_dim],), cos_sin_cache, is_neox)
-    x = k[rows].float()
-    amax = largest(x).clamp(min=1e-4)
+    todo, k = plan(x), x.k.clone()
+    rows = todo.write.nonzero().flatten()
+    if x.rotation is not None:
+        _turn(x.rotation, todo.rotate, k[:, : x.sizes["R"]])
+    values = k[rows].float()
+    amax = largest(values).clamp(min=1e-4)
     scale = amax / torch.full_like(amax, 448.0)
-    scale = (power_of_two(scale) if power_of_two_scale else scale)[:, None]
-    codes = quantise(x / scale, FORMATS["fp8_e4m3fn"])
-    own = slot_mapping[rows].long()
-    row = (codes[own >= 0], scale.view(torch.uint8)[own >= 0])
-    _put(own[own >= 0], row, _run(cache, INDEX_DIM, 4))
+    scale = (power_of_two(scale) if x.power_of_two_scale else scale)[:, None]
+    codes = quantise(values / scale, FORMATS["fp8_e4m3fn"])
+    codes_at, _, scale_at = x.cache.parts
+    _put(x.slot_mapping[rows].long(), (codes, scale.view(torch.uint8)), (codes_at, scale_at))
 
 
-def gather_cache(
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    out: Tensor,
-    kv_lora_rank: int,
-    seq_starts: Tensor | None = None,
-) -> None:
+@implementation
+def gather_cache(x: Call) -> None:
     """See :meth:`latentkv.providers.Provider.gather_cache`."""
-    args = Arguments("gather_cache", cache.device)
-    f = check_gather(
-        args, cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank, seq_starts
-    )  # fmt: skip
-    rows, slots = gather_slots(args, cache, block_table, cu_seq_lens, out, seq_starts)
-    out[rows[slots < 0]] = 0
-    dims = (kv_lora_rank, out.shape[1] - kv_lora_rank)
-    parts = _read(slots[slots >= 0], cache, rope_cache, scale, f, dims)
-    out[rows[slots >= 0]] = torch.cat([x.to(out.dtype) for x in parts], 1)
+    rows, slots = gather_slots(x)
+    x.out[rows[slots < 0]] = 0
+    parts = _read(slots[slots >= 0], x.cache)
+    x.out[rows[slots >= 0]] = torch.cat([part.to(x.out.dtype) for part in parts], 1)
 
 
-def convert_cache_(
-    src: Tensor,
-    src_rope: Tensor | None,
-    src_scale: Tensor | None,
-    src_format: str,
-    dst: Tensor,
-    dst_rope: Tensor | None,
-    dst_scale: Tensor | None,
-    dst_format: str,
-    kv_lora_rank: int,
-    rope_dim: int,
-    src_blocks: Tensor | None = None,
-    dst_blocks: Tensor | None = None,
-) -> None:
+@implementation
+def convert_cache_(x: Call) -> None:
     """See :meth:`latentkv.providers.Provider.convert_cache_`."""
-    args = Arguments("convert_cache_", src.device)
-    f, g = check_convert(
-        args, src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format, kv_lora_rank, rope_dim,
-        src_blocks, dst_blocks,
-    )  # fmt: skip
-    slots, dst_slots = convert_slots(args, src, dst, src_blocks, dst_blocks)
+    slots, dst_slots = convert_slots(x)
     alive = (slots >= 0) & (dst_slots >= 0)
-    slots, dst_slots, dims = slots[alive], dst_slots[alive], (kv_lora_rank, rope_dim)
-    one = torch.ones((1,), device=src.device)
-    same_scale = torch.equal(*(one if s is None else s.reshape(1) for s in (src_scale, dst_scale)))
-    if f == g and (same_scale or not f.quantised):
-        _put(dst_slots, _take(slots, parts_of(src, src_rope, f, *dims)), parts_of(dst, dst_rope, f, *dims))
+    slots, dst_slots = slots[alive], dst_slots[alive]
+    one = torch.ones((1,), device=x.device)
+    same_scale = torch.equal(*(one if c.scale is None else c.scale.reshape(1) for c in (x.src, x.dst)))
+    if x.src.format == x.dst.format and (same_scale or not x.src.format.quantised):
+        _put(dst_slots, _take(slots, x.src.parts), x.dst.parts)
         return
-    latent, rope = _read(slots, src, src_rope, src_scale, f, dims)
-    if g.activation is not None:
-        latent, rope = (latent if g.packed else latent.to(g.activation)), rope.to(g.activation)
-    _store(dst_slots, latent, rope, dst, dst_rope, dst_scale, g)
+    (latent, rope), f = _read(slots, x.src), x.dst.format
+    if f.activation is not None:
+        latent, rope = (latent if f.packed else latent.to(f.activation)), rope.to(f.activation)
+    _store(dst_slots, latent, rope, x.dst)
 
 
-def mla_decode(
-    q: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_lora_rank: int,
-    sm_scale: float,
-) -> tuple[Tensor, Tensor]:
+@implementation
+def mla_decode(x: Call) -> tuple[Tensor, Tensor]:
     """See :meth:`latentkv.providers.Provider.mla_decode`. In fp64: this is what others are measured against."""
-    args = Arguments("mla_decode", q.device)
-    f = check_decode(args, q, cache, rope_cache, scale, format, block_table, seq_lens, kv_lora_rank)
-    dims = (kv_lora_rank, q.shape[2] - kv_lora_rank)
-    out, lse = torch.empty_like(q[..., :kv_lora_rank]), q.new_empty(q.shape[:2], dtype=torch.float32)
-    for i, slots in enumerate(decode_slots(args, cache, block_table, seq_lens)):
-        latent, rope = (x.double() for x in _read(slots[slots >= 0], cache, rope_cache, scale, f, dims))
-        scores = q[i].double() @ torch.cat([latent, rope], 1).T * sm_scale
+    q, size = x.q, x.sizes["L"]
+    out, lse = q.new_empty((*q.shape[:2], size)), q.new_empty(q.shape[:2], dtype=torch.float32)
+    for i, slots in enumerate(decode_slots(x)):
+        latent, rope = (part.double() for part in _read(slots[slots >= 0], x.cache))
+        scores = q[i].double() @ torch.cat([latent, rope], 1).T * x.sm_scale
         lse[i] = scores.logsumexp(1)
         out[i] = scores.softmax(1) @ latent
     return out, lse
@@ -327,67 +182,42 @@ def mla_decode(
 # --------------------------------------------------------------------------------------------------------- the rows
 
 
-def _plan(
-    args: Arguments,
-    positions: Tensor | None,
-    table: Tensor | None,
-    slots: Tensor,
-    cache: Tensor,
-    rope_masked: bool,
-) -> tuple[Tensor, Tensor]:
-    """The rows to work on, and those of them to rotate."""
-    rotates = (slots >= 0) | rope_masked
-    if table is None or table.shape[1] == 0:
-        rotates = torch.zeros_like(rotates)
-    capacity = cache.shape[0] * cache.shape[-2]
-    positions = positions[: len(slots)] if positions is not None else None
-    rows = (~outside(args, rotates, slots, capacity, positions, table)).nonzero().flatten()
-    return rows, rows[rotates[rows]]
-
-
-def _rotate_rows(
-    rows: Tensor,
-    positions: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    table: Tensor | None,
-    is_neox: bool,
-    inverse: bool = False,
-) -> None:
-    if positions is None or table is None or table.shape[1] == 0:
+def _turn(rotation: Rotation | None, which: Tensor, *tensors: Tensor | None) -> None:
+    """Rotates the rows ``which`` (bool [T]) of heads [N, H, R] or [N, R]."""
+    if rotation is None:
         return
-    cos, sin = table[positions[rows]].float().chunk(2, -1)
-    sin = -sin if inverse else sin
+    rows = which.nonzero().flatten()
+    cos, sin = rotation.table[rotation.positions[rows]].float().chunk(2, -1)
+    sin = -sin if rotation.inverse else sin
     for t in tensors:
         if t is not None:
-            heads = t.dim() == 3
-            t[rows] = rotate(t[rows], cos[:, None] if heads else cos, sin[:, None] if heads else sin, is_neox)
+            angles = (cos[:, None], sin[:, None]) if t.dim() == 3 else (cos, sin)
+            t[rows] = rotate(t[rows], *angles, rotation.is_neox)
 
 
-def _write_rows(
-    rows: Tensor,
-    slots: Tensor,
-    latent: Tensor,
-    rope: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    f: Format,
-) -> None:
-    """Writes the [latent | rope] that belong to ``rows``, those that have a slot."""
-    own = slots[rows].long()
-    _store(own[own >= 0], latent[own >= 0], rope[own >= 0], cache, rope_cache, scale, f)
+def _put_heads(out: Tensor, heads: Tensor | None, rows: Tensor, scale: Tensor | None) -> None:
+    """A part of the query: ``heads`` in ``rows``, which are there already where it is None; zero in the others."""
+    kind = QUERY_FORMATS.get(out.dtype)
+    out = out.view(torch.uint8) if kind else out
+    if heads is not None and kind:
+        one = torch.ones((), device=heads.device)
+        out[rows] = quantise(heads[rows].float() * (one if scale is None else one / scale.reshape(())), kind)
+    elif heads is not None:
+        out[rows] = heads[rows]
+    dead = torch.ones(len(out), dtype=torch.bool, device=out.device)
+    out[dead.index_fill_(0, rows, False)] = 0
 
 
-def _store(
-    slots: Tensor,
-    latent: Tensor,
-    rope: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    f: Format,
-) -> None:
+def _write(x: Call, which: Tensor, latents: Sequence[Tensor], ropes: Sequence[Tensor]) -> None:
+    """Writes the rows ``which`` (bool [T]) of every cache."""
+    rows = which.nonzero().flatten()
+    for latent, rope, cache in zip(latents, ropes, x.written, strict=True):
+        _store(x.slot_mapping[rows].long(), latent[rows], rope[rows], cache)
+
+
+def _store(slots: Tensor, latent: Tensor, rope: Tensor, cache: Stored) -> None:
     """Writes [latent | rope] rows to slots that exist."""
+    f = cache.format
     if f.packed:
         codes, tile_scales = encode_tiles(latent, f.packed.tile)
         scales = tile_scales.view(torch.uint8)
@@ -395,35 +225,8 @@ def _store(
             scales = torch.nn.functional.pad((tile_scales.view(torch.int32) >> 23).to(torch.uint8), (0, 1))
         row: tuple[Tensor, ...] = (codes, rope.contiguous().view(torch.uint8), scales)
     else:
-        row = (encode(latent, f.name, scale), encode(rope, f.name, scale))
-    _put(slots, row, parts_of(cache, rope_cache, f, latent.shape[1], rope.shape[1]))
-
-
-def parts_of(cache: Tensor, rope_cache: Tensor | None, f: Format, latent_dim: int, rope_dim: int) -> tuple[Tensor, ...]:
-    """Where latent, rope and a packed format's scales lie: views [B, bs, .] of elements; bytes for fp8 and packed."""
-    if f.packed and f.packed.block_multiple is not None:
-        rows, scales = _run(cache, latent_dim + 2 * rope_dim, f.packed.row_bytes - latent_dim - 2 * rope_dim)
-        return rows[..., :latent_dim], rows[..., latent_dim:], scales
-    pages, *more = (_pages(t, f) for t in (cache, rope_cache) if t is not None)
-    if f.packed:
-        latent, scales, rope = pages[..., : f.packed.row_bytes].tensor_split((latent_dim, -2 * rope_dim), -1)
-        return latent, rope, scales
-    rope = more[0][..., :rope_dim] if more else pages[..., latent_dim : latent_dim + rope_dim]
-    return pages[..., :latent_dim], rope
-
-
-def _pages(cache: Tensor, f: Format) -> Tensor:
-    """A cache tensor [B, bs, C] or [B, 1, bs, C] as [B, bs, C], of bytes where the format is not 16- or 32-bit."""
-    pages = cache.view(torch.uint8) if f.quantised else cache
-    return pages.squeeze(1) if pages.dim() == 4 else pages
-
-
-def _run(cache: Tensor, *widths: int) -> tuple[Tensor, ...]:
-    """Blocks [B, bs, >= sum of widths] of bytes, in which first one part of all rows lies and then the next."""
-    blocks, entries = cache.shape[0], cache.shape[-2]
-    block = cache.as_strided((blocks, entries * sum(widths)), (cache.stride(0), 1))
-    parts = block.split([entries * width for width in widths], 1)
-    return tuple(part.unflatten(1, (entries, width)) for part, width in zip(parts, widths, strict=True))
+        row = (encode(latent, f.name, cache.scale), encode(rope, f.name, cache.scale))
+    _put(slots, row, cache.parts)
 
 
 def _put(slots: Tensor, row: Iterable[Tensor], parts: Iterable[Tensor]) -> None:
@@ -438,19 +241,15 @@ def _take(slots: Tensor, parts: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(part[slots // max(part.shape[1], 1), slots % max(part.shape[1], 1)] for part in parts)
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
-
-
-def _read(
-    slots: Tensor, cache: Tensor, rope_cache: Tensor | None, scale: Tensor | None, f: Format, dims: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def _read(slots: Tensor, cache: Stored) -> tuple[Tensor, Tensor]:
     """Latent [n, L] and rope [n, R] of the rows in slots that exist: as they are, or in fp32 where they are fp8."""
-    latent, rope, *scales = _take(slots, parts_of(cache, rope_cache, f, *dims))
+    f = cache.format
+    latent, rope, *scales = _take(slots, cache.parts)
     if not f.packed:
-        return (dequantise(latent, scale, f), dequantise(rope, scale, f)) if f.quantised else (latent, rope)
+        return (dequantise(latent, cache.scale, f), dequantise(rope, cache.scale, f)) if f.quantised else (latent, rope)
     if f.packed.block_multiple is None:
         factors = scales[0].contiguous().view(torch.float32)
     else:
-        factors = (scales[0][:, : dims[0] // f.packed.tile].int() << 23).view(torch.float32)
+        factors = (scales[0][:, : cache.latent_dim // f.packed.tile].int() << 23).view(torch.float32)
     tiles = latent.view(torch.float8_e4m3fn).float().unflatten(1, (-1, f.packed.tile))
     return (tiles * factors[..., None]).flatten(1), rope.contiguous().view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The torch ops of the library: schemas and fakes, side by side. Implementations are registered by ``providers``.
+"""The torch ops of the library: schemas and fakes, from their descriptions. ``providers`` registers implementations.
 
 Every op exists in namespace ``latentkv``, served by the provider chosen at import, and those with compiled kernels in
 ``latentkv_native`` too, where these can always be reached. All can be captured in CUDA graphs. They write to the
@@ -10,102 +10,72 @@ others. They return a tensor without elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .checks import Arguments
+from .autograd import refuse_gradients, tensors_of
+from .checks import fail
+from .description import LAYER_OPS, OPS, Op
 
 NAMESPACE = "latentkv"
 NATIVE_NAMESPACE = "latentkv_native"
+OP_NAMES = tuple(OPS)
+NATIVE_OP_NAMES = tuple(op.name for op in OPS.values() if op.native)
+LAYER_OP_NAMES = tuple(LAYER_OPS)
 
-SCHEMAS = (
-    "rope_(Tensor positions, Tensor(a!) q, Tensor(b!)? k, Tensor cos_sin_cache, bool is_neox,"
-    " bool inverse=False) -> ()",
-    "write_cache_(Tensor kv_c, Tensor k_pe, Tensor slot_mapping, Tensor(a!) cache, Tensor(b!)? rope_cache,"
-    " Tensor? scale, str format) -> ()",
-    "rope_write_cache_(Tensor? positions, Tensor(a!) q_pe, Tensor(b!) k_pe, Tensor kv_c, Tensor? cos_sin_cache,"
-    " Tensor slot_mapping, Tensor(c!) cache, Tensor(d!)? rope_cache, Tensor? scale, str format, bool is_neox,"
-    " bool rope_masked=False) -> ()",
-    "decode_prologue(Tensor? q_nope, Tensor q_pe, Tensor kv_c, Tensor k_pe, Tensor? positions, Tensor? cos_sin_cache,"
-    " Tensor slot_mapping, Tensor(a!) cache, Tensor(b!)? rope_cache, Tensor? scale, str format, Tensor(c!) q_out,"
-    " Tensor(d!)? q_rope_out, Tensor(e!)? kv_c_out, Tensor? q_scale, Tensor? kv_norm_weight, bool is_neox,"
-    " float kv_norm_eps=1e-6, bool rope_masked=True) -> ()",
-    "write_cache_grouped_(Tensor[] kv_c, Tensor[] k_pe, Tensor slot_mapping, Tensor(a!)[] caches,"
-    " Tensor(b!)[] rope_caches, Tensor?[] scales, str format) -> ()",
-    "write_indexer_cache_(Tensor k, Tensor? positions, Tensor? cos_sin_cache, Tensor slot_mapping, Tensor(a!) cache,"
-    " bool is_neox, bool power_of_two_scale=False) -> ()",
-    "gather_cache(Tensor cache, Tensor? rope_cache, Tensor? scale, str format, Tensor block_table, Tensor cu_seq_lens,"
-    " Tensor(a!) out, int kv_lora_rank, Tensor? seq_starts=None) -> ()",
-    "convert_cache_(Tensor src, Tensor? src_rope, Tensor? src_scale, str src_format, Tensor(a!) dst,"
-    " Tensor(b!)? dst_rope, Tensor? dst_scale, str dst_format, int kv_lora_rank, int rope_dim, Tensor? src_blocks=None,"
-    " Tensor? dst_blocks=None) -> ()",
-)
-ATTENTION_SCHEMAS = (  # without compiled kernels
-    "mla_decode(Tensor q, Tensor cache, Tensor? rope_cache, Tensor? scale, str format, Tensor block_table,"
-    " Tensor seq_lens, int kv_lora_rank, float sm_scale) -> (Tensor, Tensor)",
-)
-LAYER_SCHEMAS = (
-    "layer_write_cache(Tensor kv_c, Tensor k_pe, SymInt layer) -> Tensor",
-    "layer_rope_write_cache(Tensor positions, Tensor(a!) q_pe, Tensor(b!) k_pe, Tensor kv_c, Tensor cos_sin_cache,"
-    " bool is_neox, SymInt layer) -> Tensor",
-)
+Fake = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
-def _names(schemas: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(schema.partition("(")[0] for schema in schemas)
+def _fake(op: Op) -> Fake:
+    """The fake of an op: it checks that the tensors lie on one device, and makes those that the op returns."""
 
-
-NATIVE_OP_NAMES = _names(SCHEMAS)
-OP_NAMES = _names(SCHEMAS + ATTENTION_SCHEMAS)
-LAYER_OP_NAMES = _names(LAYER_SCHEMAS)
-LEADS = (
-    "kv_c",
-    "kv_c[0]",
-    "q",
-    "k",
-    "cache",
-    "src",
-)  # of an op's arguments, the first of these says where the others must lie
-
-
-Fake = Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None]
-
-
-def _fake(name: str, schema: str) -> Fake:
-    """The fake of an op: all it checks is that the tensors lie on one device. A layer's op returns an empty tensor."""
-    parsed = torch._C.parse_schema(schema)
-    names = [argument.name for argument in parsed.arguments]
-
-    def fake(*args: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
-        tensors = {}
-        for argument, value in zip(names, args, strict=False):
-            if isinstance(value, torch.Tensor):
-                tensors[argument] = value
-            elif isinstance(value, list | tuple):
-                tensors |= {f"{argument}[{i}]": t for i, t in enumerate(value) if isinstance(t, torch.Tensor)}
-        lead = next(tensors[argument] for argument in (*LEADS, *tensors) if argument in tensors)
-        for argument, t in tensors.items():
-            Arguments(name, lead.device).on_device(argument, t)
-        if name == "mla_decode":
-            batch, heads, _ = lead.shape
-            out = lead.new_empty((batch, heads, args[names.index("kv_lora_rank")]))  # type: ignore[arg-type]
-            return out, lead.new_empty((batch, heads), dtype=torch.float32)
-        return lead.new_empty(0) if parsed.returns else None
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...] | None:
+        refuse_gradients(op, args)
+        tensors = dict(tensors_of(op, args))
+        lead = tensors.get(op.lead, tensors.get(f"{op.lead}[0]"))
+        assert lead is not None, "the schema asks for it"
+        for name, t in tensors.items():
+            if t.device != lead.device:
+                fail(op.name, name, f"a tensor on {lead.device}", f"one on {t.device}")
+        sizes = {"0": 0}
+        for argument in op.arguments:
+            if argument.name in tensors:
+                sizes |= zip(argument.shape.split(), tensors[argument.name].shape, strict=False)
+        values = dict(zip((p.name for p in op.plain), args, strict=False))
+        sizes |= {a.size: values[a.name] for a in op.arguments if a.size and values.get(a.name) is not None}
+        made = tuple(
+            lead.new_empty(
+                [sizes[word] for word in r.shape.split()], dtype=torch.float32 if r.dtypes == "float32" else lead.dtype
+            )
+            for r in op.returns
+        )
+        return made if len(made) > 1 else made[0] if made else None
 
     return fake
 
 
-def _define(namespace: str, schemas: tuple[str, ...] = SCHEMAS) -> torch.library.Library:
+def define(namespace: str, names: Iterable[str] = NATIVE_OP_NAMES) -> torch.library.Library:
+    """A torch namespace with the schemas and fakes of ops, by default of those that the compiled libraries have."""
     library = torch.library.Library(namespace, "DEF")
-    for name, schema in zip(_names(schemas), schemas, strict=True):
-        library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"{namespace}::{name}", _fake(name, schema), lib=library)
+    for op in ((OPS | LAYER_OPS)[name] for name in names):
+        library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"{namespace}::{op.name}", _fake(op), lib=library)
     return library
 
 
 # A library object must outlive its ops.
 LIBRARIES = {
-    NAMESPACE: _define(NAMESPACE, SCHEMAS + ATTENTION_SCHEMAS + LAYER_SCHEMAS),
-    NATIVE_NAMESPACE: _define(NATIVE_NAMESPACE),
+    NAMESPACE: define(NAMESPACE, OP_NAMES + LAYER_OP_NAMES),
+    NATIVE_NAMESPACE: define(NATIVE_NAMESPACE),
 }
+
+# Asked by the compiled kernels, which cannot ask a tensor themselves, where autograd records.
+LIBRARIES[NAMESPACE].define("which_requires_grad(Tensor[] tensors) -> int")
+LIBRARIES[NAMESPACE].impl(
+    "which_requires_grad",
+    lambda tensors: next((i for i, t in enumerate(tensors) if t.requires_grad), -1),
+    "CompositeExplicitAutograd",
+)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache.layouts import FORMATS, CacheLayout, MLACache, Placement
 from ..models.rope_table import build_cos_sin_cache
-from ..ops.reference import parts_of
+from ..ops.checks import Stored
 from ..ops.schemas import NATIVE_OP_NAMES
 from ..providers import Provider
 from .compare import first_difference, poisoned
@@ -286,7 +286,7 @@ class Problem:
         """Puts numbers into a cache, all of them finite: every code of fp8, and as scales of tiles powers of two."""
         lay, (data, rope_data, _, name) = cache.layout, cache.op_arguments
         kind = FORMATS["fp8_e4m3fn" if lay.packed else name]
-        parts = parts_of(data, rope_data, FORMATS[name], lay.kv_lora_rank, lay.rope_dim)
+        parts = Stored(data, rope_data, None, FORMATS[name], lay.kv_lora_rank, lay.rope_dim).parts
         for i, part in enumerate(parts):
             if i == 2:
                 values = torch.randint(117, 138, part.shape, generator=self._random).to(torch.uint8)

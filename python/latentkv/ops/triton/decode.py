@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cache.layouts import FORMATS
-from ..checks import Arguments, check_decode, checks_values, decode_slots
-from ..reference import parts_of
+from ..checks import Call
 from .codec import bits, from_float, kind_of, to_float
 from .launch import Launch, Target
-from .read import blocks_of, decoded, part_pages
+from .read import Blocks, decoded, of_blocks, part_pages
 from .update import Heads, cdiv, power_of_two, scale_of, wait_for_producer
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -72,9 +70,13 @@ def load_numbers(blocks, sequence, token, end, SIZE: tl.constexpr):
     return tl.load(blocks.numbers + sequence * blocks.run_stride + column, mask=mask, other=-1)
 
 
-@triton.jit(do_not_specialize=["heads", "splits", "capacity"])
+@triton.jit(
+    do_not_specialize=["heads", "splits", "capacity", "run_stride", "columns", "limit"],
+    do_not_specialize_on_alignment=["numbers", "seq_lens"],
+)
 def attend(
-    q, cache, rope_cache, scale, blocks, seq_lens, out, lse, sm_scale, heads, splits, capacity,
+    q, cache, rope_cache, scale, numbers, run_stride, columns, limit, seq_lens, out, lse, sm_scale, heads, splits,
+    capacity,
     L: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, ROPE_WIDTH: tl.constexpr, KIND: tl.constexpr,
     Q: tl.constexpr, OUT: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr,
     TOKENS: tl.constexpr, INTERPRETED: tl.constexpr, CONVERTS: tl.constexpr, PDL: tl.constexpr,
@@ -84,13 +86,16 @@ def attend(
     The lse of an empty share is -inf, and its out is not written unless it is the only one.
     """
     wait_for_producer(PDL)
-    split, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = Blocks(numbers, run_stride, columns, limit)
+    groups = tl.cdiv(heads, HEADS)
+    share_of_all = tl.program_id(0) // groups  # one axis for all: the others end at 65535
+    split, sequence = share_of_all % splits, (share_of_all // splits).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(seq_lens + sequence), 0), capacity).to(tl.int32)
     share = tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
     start = tl.minimum(split * share, length)
     end = tl.minimum(start + share, length)
 
-    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    head = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)
     i, j, n = tl.arange(0, WIDTH), tl.arange(0, ROPE_WIDTH), tl.arange(0, TOKENS)
     real = (head < heads)[:, None]
     query = (q.data + sequence * q.token_stride + head.to(tl.int64) * q.head_stride)[:, None]
@@ -208,63 +213,46 @@ def split_count(programs: int, slots: int, most: int) -> int:
     return next(n for n in rounds if rounds[n] <= 1.1 * min(rounds.values()))
 
 
-def mla_decode_launches(
-    target: Target,
-    q: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_lora_rank: int,
-    sm_scale: float,
-    out: Tensor,
-    lse: Tensor,
-    tiles: Tiles,
-    multiprocessors: int,
-) -> list[Launch]:
-    """The launches of mla_decode into ``out`` and ``lse``; its arguments have been checked."""
-    batch, heads, width = q.shape
+def decode_launches(target: Target, x: Call, out: Tensor, lse: Tensor, tiles: Tiles, splits: int) -> list[Launch]:
+    """The launches of mla_decode into ``out`` and ``lse``, with so many shares of each sequence's tokens."""
+    q, cache = x.q, x.cache
+    batch, heads, _ = q.shape
     if not batch or not heads:
         return []
-    f, rope_dim, q_kind = FORMATS[format], width - kv_lora_rank, kind_of(q.dtype)
+    q_kind, rope_dim, size = kind_of(q.dtype), cache.rope_dim, cache.latent_dim
     interpreted = q.device.type == "cpu" and target == Target()
-    blocks = blocks_of(cache, block_table)
-    size = max(cache.shape[-2], 1)
-    capacity = min(blocks.columns * size, MAX_TOKENS)
-    groups = cdiv(heads, tiles.heads)
-    splits = split_count(batch * groups, multiprocessors * tiles.together, cdiv(capacity, tiles.tokens))
-    latent, rope = parts_of(cache, rope_cache, f, kv_lora_rank, rope_dim)
-    element = torch.uint8 if f.quantised else bits(latent[:0]).dtype if f.name != q_kind or interpreted else q.dtype
-    queries = bits(q) if interpreted else q
+    latent, rope = cache.parts
+    quantised = cache.format.quantised
+    same = cache.format.name == q_kind and not interpreted
+    element = torch.uint8 if quantised else q.dtype if same else bits(latent[:0]).dtype
     partial, partial_lse = bits(out), lse
     if splits > 1:
-        partial = torch.empty((batch, splits, heads, kv_lora_rank), dtype=torch.int32, device=q.device)
+        partial = torch.empty((batch, splits, heads, size), dtype=torch.int32, device=q.device)
         partial_lse = torch.empty((batch, splits, heads), dtype=torch.float32, device=q.device)
-    shared = {"heads": heads, "splits": splits, "L": kv_lora_rank, "Q": q_kind, "CONVERTS": target.converts}
+    shared = {"heads": heads, "splits": splits, "L": size, "Q": q_kind, "CONVERTS": target.converts}
     shared |= {"INTERPRETED": interpreted, "PDL": target.pdl}
     args = shared | {
-        "q": Heads(queries, q.stride(0), q.stride(1)),
+        "q": Heads(bits(q) if interpreted else q, q.stride(0), q.stride(1)),
         "cache": part_pages(latent, element),
         "rope_cache": part_pages(rope, element) if rope_dim else None,
-        "scale": scale if f.quantised else None,
-        "blocks": blocks,
-        "seq_lens": seq_lens,
-        "capacity": capacity,
+        "scale": cache.scale,
+        "seq_lens": x.seq_lens,
+        "capacity": most_tokens(x),
         "out": partial,
         "lse": partial_lse,
-        "sm_scale": float(sm_scale),
-        "WIDTH": power_of_two(max(kv_lora_rank, 16)),
+        "sm_scale": float(x.sm_scale),
+        "WIDTH": power_of_two(max(size, 16)),
         "R": rope_dim,
         "ROPE_WIDTH": power_of_two(max(rope_dim, 16)),
-        "KIND": f.name,
+        "KIND": cache.format.name,
         "OUT": q_kind if splits == 1 else "fp32",
-        "SIZE": size,
+        "SIZE": max(cache.block_size, 1),
         "HEADS": tiles.heads,
         "TOKENS": tiles.tokens,
+        **of_blocks("", cache, x.block_table),
     }
-    launches = [Launch(attend, (groups, splits, batch), args, tiles.num_warps, tiles.num_stages, target.pdl)]
+    programs = cdiv(heads, tiles.heads) * splits * batch
+    launches = [Launch(attend, (programs,), args, tiles.num_warps, tiles.num_stages, target.pdl)]
     if splits > 1:
         args = shared | {
             "partial": partial.view(torch.float32),
@@ -274,46 +262,26 @@ def mla_decode_launches(
             "COLUMNS": MERGE_COLUMNS,
             "SHARES": MERGE_SHARES,
         }
-        grid = (batch * heads, cdiv(kv_lora_rank, MERGE_COLUMNS))
+        grid = (batch * heads, cdiv(size, MERGE_COLUMNS))
         launches.append(Launch(merge, grid, args, target.num_warps, pdl=target.pdl))
     return launches
 
 
-# -------------------------------------------------------------------------------------------------------------- the op
+def most_tokens(x: Call) -> int:
+    """Of a sequence, as far as the block table goes."""
+    columns: int = x.block_table.shape[1]
+    return min(columns * max(x.cache.block_size, 1), MAX_TOKENS)
 
 
-def mla_decode(
-    q: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    kv_lora_rank: int,
-    sm_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See :meth:`latentkv.providers.Provider.mla_decode`."""
-    args = Arguments("mla_decode", q.device)
-    check_decode(args, q, cache, rope_cache, scale, format, block_table, seq_lens, kv_lora_rank)
-    if checks_values(q.device):
-        for _ in decode_slots(args, cache, block_table, seq_lens):
-            pass
-    out = q.new_empty((*q.shape[:2], kv_lora_rank))
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    target = Target.of(q.device)
-    multiprocessors, shared_bytes = _device(q.device)
-    tiles = tiles_for(target, shared_bytes, q.shape[1], q.element_size(), FORMATS[format].quantised)
-    for launch in mla_decode_launches(
-        target, q, cache, rope_cache, scale, format, block_table, seq_lens, kv_lora_rank, sm_scale, out, lse, tiles,
-        multiprocessors,
-    ):  # fmt: skip
-        launch.run()
-    return out, lse
+def splits_for(x: Call, tiles: Tiles, multiprocessors: int) -> int:
+    """The shares to make of each sequence's tokens."""
+    programs = x.q.shape[0] * cdiv(x.q.shape[1], tiles.heads)
+    most = cdiv(most_tokens(x), tiles.tokens)
+    return split_count(programs, multiprocessors * tiles.together, most) if programs else 1
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
+def device_limits(device: torch.device) -> tuple[int, int]:
     """The multiprocessors of a device, and the bytes of shared memory that a program may take."""
     if device.type == "cpu":
         return 4, 0

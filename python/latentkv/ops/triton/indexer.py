@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..checks import INDEX_DIM, Arguments, check_indexer
-from .codec import bits, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
+from ..checks import INDEX_DIM, Call
+from .codec import div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 from .update import (
-    Pages,
     cdiv,
-    check_values,
     greatest_magnitude,
     load_angles,
     load_indices,
     load_pairs,
     of_rotation,
     of_target,
+    pages,
     plan,
     row_at,
-    run,
     scales_at,
     store_pairs,
     turn,
@@ -49,7 +46,9 @@ def pairs_of(rows, R: tl.constexpr):
     return rows + a, rows + b
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "max_position"])
+@triton.jit(
+    do_not_specialize=["tokens", "capacity", "max_position"], do_not_specialize_on_alignment=["slots", "positions"]
+)
 def indexer_kernel(
     slots, positions, tokens, capacity, max_position, table, key, cache,
     R: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, KEY_ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -95,52 +94,20 @@ def indexer_kernel(
         store_pairs(row, x, y, write[:, None], DIM, DIM // 2, False)
 
 
-def write_indexer_cache_launches(
-    target: Target,
-    k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    is_neox: bool,
-    power_of_two_scale: bool = False,
-) -> list[Launch]:
-    """The launches of write_indexer_cache_."""
-    tokens = len(slot_mapping)
-    without = {"positions": None, "table": None, "max_position": 0, "TABLE": "", "IS_NEOX": False, "ROTATES": False}
-    args = without | {
-        "slots": slot_mapping,
-        "tokens": tokens,
-        "capacity": cache.shape[0] * cache.shape[-2],
-        "key": vectors(k),
-        "cache": Pages(bits(cache), cache.stride(0), INDEX_DIM),
-        "R": 0 if cos_sin_cache is None else cos_sin_cache.shape[1],
-        "KIND": kind_of(k.dtype),
+def indexer_launches(target: Target, x: Call) -> list[Launch]:
+    """The launch of write_indexer_cache_."""
+    args = {
+        "slots": x.slot_mapping,
+        "tokens": x.tokens,
+        "capacity": x.cache.capacity,
+        "key": vectors(x.k),
+        "cache": pages(x.cache.data, x.cache),
+        "R": x.sizes.get("R", 0),
+        "KIND": kind_of(x.k.dtype),
         "KEY_ROWS": KEY_ROWS,
-        "BLOCK_SIZE": max(cache.shape[-2], 1),
-        "POWER_OF_TWO": power_of_two_scale,
-        **of_rotation(positions, cos_sin_cache, is_neox),
+        "BLOCK_SIZE": max(x.cache.block_size, 1),
+        "POWER_OF_TWO": x.power_of_two_scale,
+        **of_rotation(x.rotation),
         **of_target(target),
     }
-    return [Launch(indexer_kernel, (cdiv(tokens, KEY_ROWS),), args, target.num_warps, pdl=target.pdl)]
-
-
-def write_indexer_cache_(
-    k: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    is_neox: bool,
-    power_of_two_scale: bool = False,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.write_indexer_cache_`."""
-    args = Arguments("write_indexer_cache_", k.device)
-    check_indexer(args, k, positions, cos_sin_cache, slot_mapping, cache)
-    check_values(args, slot_mapping, cache, positions, cos_sin_cache)
-    target = Target.of(k.device)
-    run(
-        write_indexer_cache_launches(
-            target, k, positions, cos_sin_cache, slot_mapping, cache, is_neox, power_of_two_scale
-        )
-    )
+    return [Launch(indexer_kernel, (cdiv(x.tokens, KEY_ROWS),), args, target.num_warps, pdl=target.pdl)]

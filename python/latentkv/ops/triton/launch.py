@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,24 @@ import torch
 from torch import Tensor
 
 overlap = True  # whether kernels may start while the one before them drains, where the chip can do that
+
+
+_warming_up: ContextVar[bool] = ContextVar("latentkv.ops.triton.warming_up", default=False)
+
+
+def warming_up() -> bool:
+    """Whether calls only compile."""
+    return _warming_up.get()
+
+
+@contextmanager
+def warm_up() -> Iterator[None]:
+    """Calls within compile the kernels that they and others like them need, and run none."""
+    token = _warming_up.set(True)
+    try:
+        yield
+    finally:
+        _warming_up.reset(token)
 
 
 @dataclass(frozen=True)
@@ -60,18 +80,23 @@ class Launch:
     pdl: bool = False
 
     def run(self) -> None:
-        """Puts it on the current stream of its tensors' device; one without programs does nothing."""
-        if 0 in self.grid:
+        """Puts it on the current stream of its tensors' device; one without programs does nothing.
+
+        Within :func:`warm_up` it is compiled and not run, whatever its grid.
+        """
+        if 0 in self.grid and not warming_up():
             return
-        options: dict[str, Any] = {"launch_pdl": True} if self.pdl else {}  # AMD's compiler does not know it
+        options: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": False,  # every product and sum is rounded by itself
+            **({"launch_pdl": True} if self.pdl else {}),  # AMD's compiler does not know it
+        }
         with torch.cuda.device_of(next(_tensors(self.args.values()))):
-            self.kernel[self.grid](
-                **self.args,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=False,  # every product and sum is rounded by itself
-                **options,
-            )
+            if warming_up():
+                self.kernel.warmup(**self.args, **options, grid=self.grid)
+            else:
+                self.kernel[self.grid](**self.args, **options)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cache.layouts import FORMATS, Format
-from ..checks import Arguments, block_counts, check_convert, check_gather, checks_values, convert_slots, gather_slots
-from ..reference import parts_of
+from ...cache.layouts import FORMATS
+from ..checks import Call, Stored, block_counts
 from .codec import BITS, apart, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 from .update import (
@@ -139,9 +138,16 @@ def tiled(values, SIZE: tl.constexpr, HIP: tl.constexpr, CONVERTS: tl.constexpr)
     return codes.reshape(values.shape), scale
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "sequences"])
+@triton.jit(
+    do_not_specialize=[
+        *("rows", "tokens", "sequences", "src_run_stride", "src_columns", "src_limit"),
+        *("dst_run_stride", "dst_columns", "dst_limit"),
+    ],
+    do_not_specialize_on_alignment=["src_numbers", "dst_numbers", "cu_seq_lens", "seq_starts"],
+)
 def move_rows(
-    src, src_rope, src_tiles, src_scale, src_blocks, dst, dst_rope, dst_tiles, dst_scale, dst_blocks,
+    src, src_rope, src_tiles, src_scale, src_numbers, src_run_stride, src_columns, src_limit,
+    dst, dst_rope, dst_tiles, dst_scale, dst_numbers, dst_run_stride, dst_columns, dst_limit,
     cu_seq_lens, seq_starts, rows, tokens, sequences,
     ROWS: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, ROPE_WIDTH: tl.constexpr,
     SRC: tl.constexpr, SRC_ROPE: tl.constexpr, SRC_TILE: tl.constexpr, SRC_SIZE: tl.constexpr,
@@ -161,8 +167,10 @@ def move_rows(
         token = row.to(tl.int64) - tl.load(cu_seq_lens + run, mask=present, other=0)
         if seq_starts is not None:
             token += tl.load(seq_starts + run, mask=present, other=0)
+    src_blocks = Blocks(src_numbers, src_run_stride, src_columns, src_limit)
     block, entry, exists = find(src_blocks, run, token, present, SRC_SIZE)
     if cu_seq_lens is None:
+        dst_blocks = Blocks(dst_numbers, dst_run_stride, dst_columns, dst_limit)
         dst_block, dst_entry, write = find(dst_blocks, run, token, present, DST_SIZE)
         exists = exists & write
         write = exists
@@ -217,160 +225,82 @@ def part_pages(part: Tensor, dtype: torch.dtype) -> Pages:
     return Pages(row.view(dtype), part.stride(0) // size, part.stride(1) // size)
 
 
-def blocks_of(cache: Tensor, numbers: Tensor | None) -> Blocks:
-    """The blocks of a cache that runs of tokens lie in."""
-    count = cache.shape[0] if cache.shape[-2] else 0
-    run_stride = numbers.stride(0) if numbers is not None and numbers.dim() == 2 else 0
-    return Blocks(numbers, run_stride, block_counts(cache, numbers)[1], count)
-
-
-def _side(
-    name: str, cache: Tensor, rope_cache: Tensor | None, scale: Tensor | None, f: Format, latent_dim: int, rope_dim: int
-) -> dict[str, Any]:
-    """What the kernel takes of src or dst."""
-    code, rope_code = ("fp8_e4m3fn", "bf16") if f.packed else (f.name, f.name)
-    latent, rope, *scales = parts_of(cache, rope_cache, f, latent_dim, rope_dim)
-    tiles = torch.uint8 if f.packed and f.packed.block_multiple else torch.int32
+def of_blocks(side: str, cache: Stored, numbers: Tensor | None) -> dict[str, Any]:
+    """What the kernels take of the blocks that runs of tokens lie in: tables of any width make one kernel."""
     return {
-        name: part_pages(latent, BITS[FORMATS[code].dtype.itemsize]),
-        f"{name}_rope": part_pages(rope, BITS[FORMATS[rope_code].dtype.itemsize]) if rope_dim else None,
-        f"{name}_tiles": part_pages(scales[0], tiles) if f.packed else None,
-        f"{name}_scale": scale if f.quantised else None,
-        name.upper(): code,
-        f"{name.upper()}_ROPE": rope_code,
-        f"{name.upper()}_TILE": f.packed.tile if f.packed else 0,
-        f"{name.upper()}_SIZE": max(cache.shape[-2], 1),
+        f"{side}numbers": numbers,
+        f"{side}run_stride": numbers.stride(0) if numbers is not None and numbers.dim() == 2 else 0,
+        f"{side}columns": block_counts(cache, numbers)[1],
+        f"{side}limit": cache.num_blocks if cache.block_size else 0,
     }
 
 
-def _launch(target: Target, rows: int, latent_dim: int, rope_dim: int, args: dict[str, Any]) -> list[Launch]:
-    width, few = power_of_two(latent_dim), rows <= FEW_ROWS
+def _side(name: str, cache: Stored, numbers: Tensor | None) -> dict[str, Any]:
+    """What the kernel takes of src or dst."""
+    packed = cache.format.packed
+    code, rope_code = ("fp8_e4m3fn", "bf16") if packed else (cache.format.name, cache.format.name)
+    latent, rope, *scales = cache.parts
+    tiles = torch.uint8 if packed and packed.block_multiple else torch.int32
+    return {
+        name: part_pages(latent, BITS[FORMATS[code].dtype.itemsize]),
+        f"{name}_rope": part_pages(rope, BITS[FORMATS[rope_code].dtype.itemsize]) if cache.rope_dim else None,
+        f"{name}_tiles": part_pages(scales[0], tiles) if packed else None,
+        f"{name}_scale": cache.scale,
+        name.upper(): code,
+        f"{name.upper()}_ROPE": rope_code,
+        f"{name.upper()}_TILE": packed.tile if packed else 0,
+        f"{name.upper()}_SIZE": max(cache.block_size, 1),
+        **of_blocks(f"{name}_", cache, numbers),
+    }
+
+
+def _launch(target: Target, rows: int, cache: Stored, args: dict[str, Any]) -> list[Launch]:
+    width, few = power_of_two(cache.latent_dim), rows <= FEW_ROWS
     each = max(min(TILE // width, 64) // (16 if rows <= LEAST_ROWS else 4 if few else 1), 1)
-    args |= {"rows": rows, "ROWS": each, "L": latent_dim, "WIDTH": width, "R": rope_dim}
-    args |= {"ROPE_WIDTH": power_of_two(rope_dim), **of_target(target)}
+    args |= {"rows": rows, "ROWS": each, "L": cache.latent_dim, "WIDTH": width, "R": cache.rope_dim}
+    args |= {"ROPE_WIDTH": power_of_two(cache.rope_dim), **of_target(target)}
     warps = 4 if args["cu_seq_lens"] is None else target.num_warps  # conversions take more registers
     return [Launch(move_rows, (cdiv(rows, each),), args, 1 if few else warps, pdl=target.pdl)]
 
 
-def gather_cache_launches(
-    target: Target,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    out: Tensor,
-    kv_lora_rank: int,
-    seq_starts: Tensor | None = None,
-) -> list[Launch]:
-    """The launches of gather_cache; its arguments have been checked."""
-    (rows, width), sequences = out.shape, len(block_table)
+def gather_launches(target: Target, x: Call, rows: int, sequences: int) -> list[Launch]:
+    """The launch of gather_cache for so many rows of ``out``, and sequences."""
     if not rows or not sequences:
         return []
-    dims = (kv_lora_rank, width - kv_lora_rank)
     steps = 1
     while WAYS.value**steps <= sequences:
         steps += 1
+    kind = FORMATS[kind_of(x.out.dtype)]
+    out = Stored(x.out[:, None], None, None, kind, x.cache.latent_dim, x.cache.rope_dim)  # blocks of one row
     args = {
-        **_side("src", cache, rope_cache, scale, FORMATS[format], *dims),
-        **_side("dst", out[:, None], None, None, FORMATS[kind_of(out.dtype)], *dims),
-        "src_blocks": blocks_of(cache, block_table),
-        "dst_blocks": None,
-        "cu_seq_lens": cu_seq_lens,
-        "seq_starts": seq_starts,
+        **_side("src", x.cache, x.block_table),
+        **_side("dst", out, None),
+        "cu_seq_lens": x.cu_seq_lens,
+        "seq_starts": x.seq_starts,
         "tokens": 0,
         "sequences": sequences,
         "STEPS": steps,
     }
-    return _launch(target, rows, *dims, args)
+    return _launch(target, rows, x.cache, args)
 
 
-def convert_cache_launches(
-    target: Target,
-    src: Tensor,
-    src_rope: Tensor | None,
-    src_scale: Tensor | None,
-    src_format: str,
-    dst: Tensor,
-    dst_rope: Tensor | None,
-    dst_scale: Tensor | None,
-    dst_format: str,
-    kv_lora_rank: int,
-    rope_dim: int,
-    src_blocks: Tensor | None = None,
-    dst_blocks: Tensor | None = None,
-) -> list[Launch]:
-    """The launches of convert_cache_."""
-    (runs, count), (_, dst_count) = block_counts(src, src_blocks), block_counts(dst, dst_blocks)
-    tokens = min(count * src.shape[-2], dst_count * dst.shape[-2])
-    if not runs * tokens:
+def convert_launches(target: Target, x: Call, rows: int) -> list[Launch]:
+    """The launch of convert_cache_ for so many rows."""
+    if not rows:
         return []
-    dims = (kv_lora_rank, rope_dim)
     args = {
-        **_side("src", src, src_rope, src_scale, FORMATS[src_format], *dims),
-        **_side("dst", dst, dst_rope, dst_scale, FORMATS[dst_format], *dims),
-        "src_blocks": blocks_of(src, src_blocks),
-        "dst_blocks": blocks_of(dst, dst_blocks),
+        **_side("src", x.src, x.src_blocks),
+        **_side("dst", x.dst, x.dst_blocks),
         "cu_seq_lens": None,
         "seq_starts": None,
-        "tokens": tokens,
+        "tokens": tokens_of(x)[1],
         "sequences": 0,
         "STEPS": 0,
     }
-    return _launch(target, runs * tokens, *dims, args)
+    return _launch(target, rows, x.src, args)
 
 
-# ------------------------------------------------------------------------------------------------------------- the ops
-
-
-def gather_cache(
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    block_table: Tensor,
-    cu_seq_lens: Tensor,
-    out: Tensor,
-    kv_lora_rank: int,
-    seq_starts: Tensor | None = None,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.gather_cache`."""
-    args = Arguments("gather_cache", cache.device)
-    check_gather(args, cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank, seq_starts)
-    if checks_values(cache.device):
-        gather_slots(args, cache, block_table, cu_seq_lens, out, seq_starts)
-    for launch in gather_cache_launches(
-        Target.of(cache.device), cache, rope_cache, scale, format, block_table, cu_seq_lens, out, kv_lora_rank,
-        seq_starts,
-    ):  # fmt: skip
-        launch.run()
-
-
-def convert_cache_(
-    src: Tensor,
-    src_rope: Tensor | None,
-    src_scale: Tensor | None,
-    src_format: str,
-    dst: Tensor,
-    dst_rope: Tensor | None,
-    dst_scale: Tensor | None,
-    dst_format: str,
-    kv_lora_rank: int,
-    rope_dim: int,
-    src_blocks: Tensor | None = None,
-    dst_blocks: Tensor | None = None,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.convert_cache_`."""
-    args = Arguments("convert_cache_", src.device)
-    check_convert(
-        args, src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format, kv_lora_rank, rope_dim,
-        src_blocks, dst_blocks,
-    )  # fmt: skip
-    if checks_values(src.device):
-        convert_slots(args, src, dst, src_blocks, dst_blocks)
-    for launch in convert_cache_launches(
-        Target.of(src.device), src, src_rope, src_scale, src_format, dst, dst_rope, dst_scale, dst_format,
-        kv_lora_rank, rope_dim, src_blocks, dst_blocks,
-    ):  # fmt: skip
-        launch.run()
+def tokens_of(x: Call) -> tuple[int, int]:
+    """The runs of convert_cache_, and the tokens of each."""
+    (runs, count), (_, dst_count) = block_counts(x.src, x.src_blocks), block_counts(x.dst, x.dst_blocks)
+    return runs, min(count * x.src.block_size, dst_count * x.dst.block_size)

@@ -11,26 +11,15 @@ Tensors reach the kernels as :func:`codec.bits`, with their strides in elements.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...cache.layouts import FORMATS, Format
-from ..checks import (
-    Arguments,
-    check_grouped,
-    check_norm,
-    check_query,
-    check_rope,
-    check_update,
-    checks_values,
-    outside,
-)
+from ..checks import Call, Rotation, Stored
 from .codec import apart, bits, div_rn, from_float, kind_of, power_of_two_above, quotient, to_float
 from .launch import Launch, Target
 
@@ -385,7 +374,11 @@ def nope_part(
 # --------------------------------------------------------------------------------------------------------- the kernels
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "capacity", "max_position"])  # what varies makes no other kernel
+# What varies from step to step makes no other kernel.
+@triton.jit(
+    do_not_specialize=["rows", "tokens", "capacity", "max_position"],
+    do_not_specialize_on_alignment=["slots", "positions"],
+)
 def update_kernel(
     slots, positions, rows, tokens, capacity, max_position, table, kv_c, weight, eps, kv_c_out, key, query, more_heads,
     q_out, q_rope_out, nope, q_scale, cache, rope_cache, scale,
@@ -446,7 +439,7 @@ def _chosen(index, values):
     return value
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "capacity"], do_not_specialize_on_alignment=["slots"])
 def grouped_kernel(
     slots, tokens, capacity, kv_c, keys, caches, rope_caches, scales,
     L: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, CODE: tl.constexpr, TILE: tl.constexpr,
@@ -509,41 +502,12 @@ def vectors(t: Tensor) -> Vectors:
     return Vectors(bits(t), t.stride(0))
 
 
-def pages(cache: Tensor, f: Format) -> Pages:
-    """A cache tensor as the kernels take it."""
-    entry = cache.stride(-2)
-    if f.packed and f.packed.block_multiple is not None:
-        entry = f.packed.dims[0] + 2 * f.packed.dims[1]  # scales lie apart
-    return Pages(bits(cache), cache.stride(0), entry)
-
-
-def _block(count: int, width: int, tile: int) -> int:
-    """Heads of a program, for a tile of about so many elements."""
-    return min(power_of_two(count), max(tile // max(width, 1), 1))
-
-
-def key_rows(half: int) -> int:
-    """Tokens of a program with keys of 2 * half elements."""
-    return min(KEY_ROWS, max(PAIR_TILE // 2 // (2 * half), 1))
-
-
-def _of_rows(cache: Tensor, rope_cache: Tensor | None, f: Format, latent_dim: int, rope_dim: int) -> dict[str, Any]:
-    """The constexprs of a cache and its rows."""
-    rope_at = 0 if rope_cache is not None else latent_dim
-    if f.packed and f.packed.block_multiple is None:
-        rope_at = f.packed.row_bytes - 2 * rope_dim  # behind the scales
-    half = power_of_two(rope_dim // 2)
-    return {
-        "L": latent_dim,
-        "R": rope_dim,
-        "HALF": half,
-        "CODE": "fp8_e4m3fn" if f.packed else f.name,
-        "TILE": f.packed.tile if f.packed else 0,
-        "ROPE_AT": rope_at,
-        "BLOCK_SIZE": max(cache.shape[-2], 1),
-        "LATENT_ROWS": LATENT_ROWS,
-        "KEY_ROWS": key_rows(half),
-    }
+def pages(t: Tensor, cache: Stored) -> Pages:
+    """A tensor of a cache as the kernels take it."""
+    entry, packed = t.stride(-2), cache.format.packed
+    if packed and packed.block_multiple is not None:
+        entry = packed.dims[0] + 2 * packed.dims[1]  # scales lie apart
+    return Pages(bits(t), t.stride(0), entry)
 
 
 def of_target(target: Target) -> dict[str, Any]:
@@ -551,364 +515,135 @@ def of_target(target: Target) -> dict[str, Any]:
     return {"HIP": target.hip, "CONVERTS": target.converts, "PDL": target.pdl}
 
 
-_WITHOUT: dict[str, Any] = {  # what update_kernel takes for what an op does not have
-    **dict.fromkeys(("slots", "positions", "table", "kv_c", "weight", "kv_c_out", "key", "query", "more_heads")),
-    **dict.fromkeys(("q_out", "q_rope_out", "nope", "q_scale", "cache", "rope_cache", "scale")),
-    **dict.fromkeys(("rows", "tokens", "capacity", "max_position", "HEADS", "MORE_HEADS", "L", "TILE", "ROPE_AT"), 0),
-    **dict.fromkeys(("BLOCK_SIZE", "LATENT_ROWS", "KEY_ROWS", "HEAD_BLOCK", "MORE_BLOCK", "NOPE_BLOCK", "WIDTH"), 1),
-    **dict.fromkeys(("CODE", "QUERY", "TABLE", "WEIGHT"), ""),
-    **dict.fromkeys(("IS_NEOX", "INVERSE", "ROTATES", "ROPE_MASKED"), False),
-    "IN_PLACE": True,
-    "eps": 0.0,
-}
-
-
-def of_rotation(positions: Tensor | None, table: Tensor | None, is_neox: bool) -> dict[str, Any]:
-    """What the kernels take for a rotation; nothing where there is none."""
-    if positions is None or table is None or table.shape[1] == 0:
-        return {}
+def of_rotation(rotation: Rotation | None) -> dict[str, Any]:
+    """What the kernels take for a rotation, or for none."""
+    if rotation is None:
+        return {"positions": None, "table": None, "max_position": 0, "TABLE": "", "IS_NEOX": False, "ROTATES": False}
     return {
-        "positions": positions,
-        "table": vectors(table),
-        "max_position": table.shape[0],
-        "TABLE": kind_of(table.dtype),
-        "IS_NEOX": is_neox,
+        "positions": rotation.positions,
+        "table": vectors(rotation.table),
+        "max_position": rotation.table.shape[0],
+        "TABLE": kind_of(rotation.table.dtype),
+        "IS_NEOX": rotation.is_neox,
         "ROTATES": True,
     }
 
 
-def _rows(
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slots: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-) -> tuple[int, dict[str, Any]]:
-    """The programs that write rows, and what update_kernel takes for them."""
-    f, tokens, rope_dim = FORMATS[format], len(slots), k_pe.shape[1]
-    args = {
-        "slots": slots,
-        "rows": tokens,
-        "tokens": tokens,
-        "capacity": cache.shape[0] * cache.shape[-2],
-        "kv_c": vectors(kv_c),
-        "key": vectors(k_pe) if rope_dim else None,
-        "cache": pages(cache, f),
-        "rope_cache": pages(cache if rope_cache is None else rope_cache, f),
-        "scale": scale if f.quantised else None,
-        "KIND": kind_of(kv_c.dtype),
-        **_of_rows(cache, rope_cache, f, kv_c.shape[1], rope_dim),
+def _of_rows(cache: Stored) -> dict[str, Any]:
+    """The constexprs of a cache and its rows."""
+    packed, half = cache.format.packed, power_of_two(cache.rope_dim // 2)
+    rope_at = 0 if cache.rope_data is not None else cache.latent_dim
+    if packed and packed.block_multiple is None:
+        rope_at = packed.row_bytes - 2 * cache.rope_dim  # behind the scales
+    return {
+        "L": cache.latent_dim,
+        "R": cache.rope_dim,
+        "HALF": half,
+        "CODE": "fp8_e4m3fn" if packed else cache.format.name,
+        "TILE": packed.tile if packed else 0,
+        "ROPE_AT": rope_at,
+        "BLOCK_SIZE": max(cache.block_size, 1),
+        "LATENT_ROWS": LATENT_ROWS,
+        "KEY_ROWS": _key_rows(half),
     }
-    return cdiv(tokens, LATENT_ROWS) + (cdiv(tokens, args["KEY_ROWS"]) if rope_dim else 0), args
 
 
-def _launch(target: Target, programs: int, *parts: dict[str, Any]) -> list[Launch]:
-    args = _WITHOUT | of_target(target)
-    for part in parts:
-        args |= part
-    return [Launch(update_kernel, (programs,), args, target.num_warps, pdl=target.pdl)]
+def _key_rows(half: int) -> int:
+    """Tokens of a program with keys of 2 * half elements."""
+    return min(KEY_ROWS, max(PAIR_TILE // 2 // (2 * half), 1))
 
 
-def rope_launches(
-    target: Target,
-    positions: Tensor,
-    q: Tensor,
-    k: Tensor | None,
-    cos_sin_cache: Tensor,
-    is_neox: bool,
-    inverse: bool = False,
-) -> list[Launch]:
-    """The launches of rope_; its arguments have been checked."""
-    n, heads, rope_dim = q.shape
-    half = power_of_two(rope_dim // 2)
-    args: dict[str, Any] = {"rows": n, "tokens": n, "KIND": kind_of(q.dtype), "R": rope_dim, "HALF": half}
-    args |= {"INVERSE": inverse, "ROPE_MASKED": True, "HEADS": heads, "HEAD_BLOCK": _block(heads, 2 * half, PAIR_TILE)}
+def _block(count: int, width: int, tile: int) -> int:
+    """Heads of a program, for a tile of about so many elements."""
+    return min(power_of_two(count), max(tile // max(width, 1), 1))
+
+
+_WITHOUT: dict[str, Any] = {  # what update_kernel takes for what an op does not have
+    **dict.fromkeys(("slots", "kv_c", "weight", "kv_c_out", "key", "query", "more_heads", "q_out", "q_rope_out")),
+    **dict.fromkeys(("nope", "q_scale", "cache", "rope_cache", "scale")),
+    **dict.fromkeys(("capacity", "HEADS", "MORE_HEADS", "L", "TILE", "ROPE_AT"), 0),
+    **dict.fromkeys(("BLOCK_SIZE", "LATENT_ROWS", "KEY_ROWS", "HEAD_BLOCK", "MORE_BLOCK", "NOPE_BLOCK", "WIDTH"), 1),
+    **dict.fromkeys(("CODE", "QUERY", "WEIGHT"), ""),
+    "eps": 0.0,
+}
+
+
+def update_launches(target: Target, x: Call) -> list[Launch]:
+    """The launch of an update: whichever of rows, keys, query and norm the op has."""
+    q, k, in_place = (x.q, x.k, True) if x.kv_c is None else (x.q_pe, x.k_pe, x.q_out is None)
+    width, half = x.sizes["R"], power_of_two(x.sizes["R"] // 2)
+    tokens, rows = x.tokens, x.tokens if in_place else x.sizes["N"]
+    args = _WITHOUT | of_target(target) | of_rotation(x.rotation)
+    args |= {"rows": rows, "tokens": tokens, "KIND": kind_of(k.dtype if q is None else q.dtype), "R": width}
+    args |= {"HALF": half, "IN_PLACE": in_place, "INVERSE": x.rotation is not None and x.rotation.inverse}
+    args["ROPE_MASKED"] = x.slot_mapping is None or bool(x.rope_masked)
     programs = 0
-    if q.numel():
-        args["query"] = heads_of(q)
-        programs += n * cdiv(heads, args["HEAD_BLOCK"])
-    if k is not None and k.numel() and (k.dim() == 2 or k.shape[1] == 1):
-        args |= {"key": vectors(k), "KEY_ROWS": key_rows(half)}
-        programs += cdiv(n, args["KEY_ROWS"])
+    for cache in x.written:
+        args |= _of_rows(cache)
+        args |= {"slots": x.slot_mapping, "capacity": cache.capacity, "kv_c": vectors(x.kv_c), "scale": cache.scale}
+        args["cache"] = pages(cache.data, cache)
+        args["rope_cache"] = pages(cache.data if cache.rope_data is None else cache.rope_data, cache)
+        programs += cdiv(tokens, LATENT_ROWS)
+    if k is not None and k.numel() and (x.slot_mapping is not None or k.dim() == 2 or k.shape[1] == 1):
+        args |= {"key": vectors(k), "KEY_ROWS": _key_rows(half)}
+        programs += cdiv(tokens, args["KEY_ROWS"])
     elif k is not None and k.numel():
         block = _block(k.shape[1], 2 * half, PAIR_TILE)
         args |= {"more_heads": heads_of(k), "MORE_HEADS": k.shape[1], "MORE_BLOCK": block}
-        programs += n * cdiv(k.shape[1], block)
-    return _launch(target, programs, args, of_rotation(positions, cos_sin_cache, is_neox))
+        programs += rows * cdiv(k.shape[1], block)
+    if q is not None and q.numel() and (x.rotation is not None or not in_place):
+        block = _block(q.shape[1], 2 * half, PAIR_TILE)
+        args |= {"query": heads_of(q), "HEADS": q.shape[1], "HEAD_BLOCK": block}
+        programs += rows * cdiv(q.shape[1], block)
+    if not in_place:
+        programs += _of_query(args, x)
+    return [Launch(update_kernel, (programs,), args, target.num_warps, pdl=target.pdl)]
 
 
-def write_cache_launches(
-    target: Target,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-) -> list[Launch]:
-    """The launches of write_cache_."""
-    programs, rows = _rows(kv_c, k_pe, slot_mapping, cache, rope_cache, scale, format)
-    return _launch(target, programs, rows)
+def _of_query(args: dict[str, Any], x: Call) -> int:
+    """Adds where the prologue's query goes, and the norm; the programs that its latent parts take."""
+    heads, size = x.sizes["H"], x.sizes["L"]
+    args |= {"QUERY": kind_of(x.q_out.dtype), "q_scale": x.q_scale if x.q_out.dtype.itemsize == 1 else None}
+    args |= {"WIDTH": power_of_two(size), "NOPE_BLOCK": _block(heads, power_of_two(size), NOPE_TILE)}
+    if x.kv_norm_weight is not None:
+        args |= {"weight": bits(x.kv_norm_weight), "WEIGHT": kind_of(x.kv_norm_weight.dtype), "eps": x.kv_norm_eps}
+        args["kv_c_out"] = None if x.kv_c_out is None else vectors(x.kv_c_out)
+    if not heads:
+        return 0
+    args |= {"HEADS": heads, "q_out": heads_of(x.q_out), "nope": None if x.q_nope is None else heads_of(x.q_nope)}
+    if args["query"] is not None:
+        args["q_rope_out"] = heads_of(x.q_out[..., size:] if x.q_rope_out is None else x.q_rope_out)
+    return int(args["rows"] * (1 if x.q_nope is None else cdiv(heads, args["NOPE_BLOCK"])))
 
 
-def rope_write_cache_launches(
-    target: Target,
-    positions: Tensor | None,
-    q_pe: Tensor,
-    k_pe: Tensor,
-    kv_c: Tensor,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    is_neox: bool,
-    rope_masked: bool = False,
-) -> list[Launch]:
-    """The launches of rope_write_cache_."""
-    programs, rows = _rows(kv_c, k_pe, slot_mapping, cache, rope_cache, scale, format)
-    rotation = of_rotation(positions, cos_sin_cache, is_neox)
-    args: dict[str, Any] = {"ROPE_MASKED": rope_masked}
-    if rotation and q_pe.shape[1]:
-        heads = q_pe.shape[1]
-        block = _block(heads, 2 * rows["HALF"], PAIR_TILE)
-        args |= {"query": heads_of(q_pe), "HEADS": heads, "HEAD_BLOCK": block}
-        programs += len(slot_mapping) * cdiv(heads, block)
-    return _launch(target, programs, rows, rotation, args)
-
-
-def decode_prologue_launches(
-    target: Target,
-    q_nope: Tensor | None,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    q_out: Tensor,
-    q_rope_out: Tensor | None,
-    kv_c_out: Tensor | None,
-    q_scale: Tensor | None,
-    kv_norm_weight: Tensor | None,
-    is_neox: bool,
-    kv_norm_eps: float = 1e-6,
-    rope_masked: bool = True,
-) -> list[Launch]:
-    """The launches of decode_prologue."""
-    n, heads, rope_dim = q_pe.shape
-    latent_dim = kv_c.shape[1]
-    programs, rows = _rows(kv_c, k_pe, slot_mapping, cache, rope_cache, scale, format)
-    width = power_of_two(latent_dim)
-    args: dict[str, Any] = {
-        "rows": n,
-        "IN_PLACE": False,
-        "eps": kv_norm_eps,
-        "QUERY": kind_of(q_out.dtype),
-        "HEADS": heads,
-        "HEAD_BLOCK": _block(heads, 2 * rows["HALF"], PAIR_TILE),
-        "NOPE_BLOCK": _block(heads, width, NOPE_TILE),
-        "WIDTH": width,
-        "ROPE_MASKED": rope_masked,
-        "q_scale": q_scale if q_out.dtype.itemsize == 1 else None,
-    }
-    if kv_norm_weight is not None:
-        args |= {"weight": bits(kv_norm_weight), "WEIGHT": kind_of(kv_norm_weight.dtype)}
-        args["kv_c_out"] = None if kv_c_out is None else vectors(kv_c_out)
-    if heads:
-        args |= {"q_out": heads_of(q_out), "nope": None if q_nope is None else heads_of(q_nope)}
-        programs += n * (1 if q_nope is None else cdiv(heads, args["NOPE_BLOCK"]))
-    if heads and rope_dim:
-        args["query"] = heads_of(q_pe)
-        args["q_rope_out"] = heads_of(q_out[..., latent_dim:] if q_rope_out is None else q_rope_out)
-        programs += n * cdiv(heads, args["HEAD_BLOCK"])
-    return _launch(target, programs, rows, of_rotation(positions, cos_sin_cache, is_neox), args)
-
-
-def write_cache_grouped_launches(
-    target: Target,
-    kv_c: Sequence[Tensor],
-    k_pe: Sequence[Tensor],
-    slot_mapping: Tensor,
-    caches: Sequence[Tensor],
-    rope_caches: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    format: str,
-) -> list[Launch]:
+def grouped_launches(target: Target, x: Call) -> list[Launch]:
     """The launches of write_cache_grouped_: one for every MAX_LAYERS layers."""
-    f, tokens, (latent_dim, rope_dim) = FORMATS[format], len(slot_mapping), (kv_c[0].shape[1], k_pe[0].shape[1])
-    layout = _of_rows(caches[0], rope_caches[0] if rope_caches else None, f, latent_dim, rope_dim)
-    programs = cdiv(tokens, LATENT_ROWS) + (cdiv(tokens, layout["KEY_ROWS"]) if rope_dim else 0)
+    layout, tokens, has_key = _of_rows(x.caches[0]), x.tokens, x.sizes["R"] > 0
+    programs = cdiv(tokens, LATENT_ROWS) + (cdiv(tokens, layout["KEY_ROWS"]) if has_key else 0)
     launches = []
-    for first in range(0, len(kv_c), MAX_LAYERS):
+    for first in range(0, len(x.kv_c), MAX_LAYERS):
         some = slice(first, first + MAX_LAYERS)
-        scaled = {i: scale for i, scale in enumerate(scales[some]) if f.quantised and scale is not None}
+        caches: list[Stored] = x.caches[some]
+        scaled = {i: cache.scale for i, cache in enumerate(caches) if cache.scale is not None}
+        ropes = [c.data if c.rope_data is None else c.rope_data for c in caches]
         args = {
-            "slots": slot_mapping,
+            "slots": x.slot_mapping,
             "tokens": tokens,
-            "capacity": caches[0].shape[0] * caches[0].shape[-2],
-            "kv_c": Vectors(*_columns(map(vectors, kv_c[some]))),
-            "keys": Vectors(*_columns(map(vectors, k_pe[some]))) if rope_dim else None,
-            "caches": Pages(*_columns(pages(cache, f) for cache in caches[some])),
-            "rope_caches": Pages(*_columns(pages(cache, f) for cache in (rope_caches or caches)[some])),
+            "capacity": caches[0].capacity,
+            "kv_c": Vectors(*_columns(map(vectors, x.kv_c[some]))),
+            "keys": Vectors(*_columns(map(vectors, x.k_pe[some]))) if has_key else None,
+            "caches": Pages(*_columns(pages(cache.data, cache) for cache in caches)),
+            "rope_caches": Pages(*_columns(pages(t, cache) for t, cache in zip(ropes, caches, strict=True))),
             "scales": tuple(scaled.values()) or None,
             "SCALED": tuple(scaled),
-            "KIND": kind_of(kv_c[0].dtype),
+            "KIND": kind_of(x.kv_c[0].dtype),
             **layout,
             **of_target(target),
         }
-        grid = (programs, len(kv_c[some]))
+        grid = (programs, len(caches))
         launches.append(Launch(grouped_kernel, grid, args, target.num_warps, pdl=target.pdl))
     return launches
 
 
 def _columns(rows: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     return zip(*rows, strict=True)
-
-
-# --------------------------------------------------------------------------------------------------------- the ops
-
-
-def check_values(
-    args: Arguments,
-    slots: Tensor | None,
-    cache: Tensor | None,
-    positions: Tensor | None = None,
-    table: Tensor | None = None,
-    rope_masked: bool = False,
-) -> None:
-    """Raises for a slot past the capacity, or a position outside the table, where values are looked at."""
-    if not checks_values(args.device):
-        return
-    if slots is None or cache is None:
-        assert positions is not None, "no indices to look at"
-        outside(args, torch.ones_like(positions, dtype=torch.bool), None, 0, positions, table)
-        return
-    rotates = (slots >= 0) | rope_masked
-    if table is None or table.shape[1] == 0:
-        rotates = torch.zeros_like(rotates)
-    positions = positions[: len(slots)] if positions is not None else None
-    outside(args, rotates, slots, cache.shape[0] * cache.shape[-2], positions, table)
-
-
-def run(launches: Iterable[Launch]) -> None:
-    """One after the other."""
-    for launch in launches:
-        launch.run()
-
-
-def rope_(
-    positions: Tensor, q: Tensor, k: Tensor | None, cos_sin_cache: Tensor, is_neox: bool, inverse: bool = False
-) -> None:
-    """See :meth:`latentkv.providers.Provider.rope_`."""
-    args = Arguments("rope_", q.device)
-    check_rope(args, positions, q, k, cos_sin_cache)
-    if q.shape[2]:
-        check_values(args, None, None, positions, cos_sin_cache)
-    run(rope_launches(Target.of(q.device), positions, q, k, cos_sin_cache, is_neox, inverse))
-
-
-def write_cache_(
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.write_cache_`."""
-    args = Arguments("write_cache_", kv_c.device)
-    check_update(args, None, None, k_pe, kv_c, None, slot_mapping, cache, rope_cache, scale, format, False)
-    check_values(args, slot_mapping, cache)
-    run(write_cache_launches(Target.of(kv_c.device), kv_c, k_pe, slot_mapping, cache, rope_cache, scale, format))
-
-
-def rope_write_cache_(
-    positions: Tensor | None,
-    q_pe: Tensor,
-    k_pe: Tensor,
-    kv_c: Tensor,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    is_neox: bool,
-    rope_masked: bool = False,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.rope_write_cache_`."""
-    args, rotates = Arguments("rope_write_cache_", kv_c.device), cos_sin_cache is not None
-    check_update(
-        args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, cache, rope_cache, scale, format, rotates
-    )
-    check_values(args, slot_mapping, cache, positions, cos_sin_cache, rope_masked)
-    run(
-        rope_write_cache_launches(
-            Target.of(kv_c.device), positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, cache, rope_cache, scale,
-            format, is_neox, rope_masked,
-        )
-    )  # fmt: skip
-
-
-def decode_prologue(
-    q_nope: Tensor | None,
-    q_pe: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    positions: Tensor | None,
-    cos_sin_cache: Tensor | None,
-    slot_mapping: Tensor,
-    cache: Tensor,
-    rope_cache: Tensor | None,
-    scale: Tensor | None,
-    format: str,
-    q_out: Tensor,
-    q_rope_out: Tensor | None,
-    kv_c_out: Tensor | None,
-    q_scale: Tensor | None,
-    kv_norm_weight: Tensor | None,
-    is_neox: bool,
-    kv_norm_eps: float = 1e-6,
-    rope_masked: bool = True,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.decode_prologue`."""
-    args = Arguments("decode_prologue", kv_c.device)
-    check_update(
-        args, positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, cache, rope_cache, scale, format, False
-    )
-    check_query(args, q_nope, q_pe, kv_c, q_out, q_rope_out, q_scale)
-    check_norm(args, kv_c, kv_norm_weight, kv_c_out)
-    check_values(args, slot_mapping, cache, positions, cos_sin_cache, rope_masked)
-    run(
-        decode_prologue_launches(
-            Target.of(kv_c.device), q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, slot_mapping, cache, rope_cache,
-            scale, format, q_out, q_rope_out, kv_c_out, q_scale, kv_norm_weight, is_neox, kv_norm_eps, rope_masked,
-        )
-    )  # fmt: skip
-
-
-def write_cache_grouped_(
-    kv_c: Sequence[Tensor],
-    k_pe: Sequence[Tensor],
-    slot_mapping: Tensor,
-    caches: Sequence[Tensor],
-    rope_caches: Sequence[Tensor],
-    scales: Sequence[Tensor | None],
-    format: str,
-) -> None:
-    """See :meth:`latentkv.providers.Provider.write_cache_grouped_`."""
-    args = Arguments("write_cache_grouped_", kv_c[0].device if kv_c else slot_mapping.device)
-    check_grouped(args, kv_c, k_pe, slot_mapping, caches, rope_caches, scales, format)
-    check_values(args, slot_mapping, caches[0])
-    target = Target.of(args.device)
-    run(write_cache_grouped_launches(target, kv_c, k_pe, slot_mapping, caches, rope_caches, scales, format))
