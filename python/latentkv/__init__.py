@@ -6,7 +6,7 @@ from . import compile, providers
 from .cache.backends import layout_for, select_backend
 from .cache.layouts import CacheLayout, MLACache
 from .cache.platform import Platform
-from .models.rope_table import build_cos_sin_cache
+from .models.rope_table import build_cos_sin_cache, softmax_scale
 from .providers import public as _public
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "rope_",
     "rope_write_cache_",
     "select_backend",
+    "softmax_scale",
     "write_cache_",
     "write_cache_grouped_",
     "write_indexer_cache_",
