@@ -121,8 +121,8 @@ def _platform(device: torch.device) -> Platform:
 
 
 def _select(device: torch.device, model: Model, heads: int, format: str, backend: str | None) -> Selection:
-    environ = "LATENTKV_BACKEND" if os.environ.get("LATENTKV_BACKEND") else "--format"
-    with _option("--backend" if backend else environ):
+    asked = "LATENTKV_BACKEND" if os.environ.get("LATENTKV_BACKEND") else "--backend" if backend else "--format"
+    with _option(asked):
         return select_backend(
             _platform(device),
             heads=heads,
