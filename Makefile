@@ -1,11 +1,13 @@
 # `make demo` and `make test` do everything a fresh machine needs: virtual environment, dependencies, build.
-# TORCH picks another torch; PYTHON another interpreter; HIP how the HIP library is built: by clang-22 where it is there.
+# TORCH picks another torch; PYTHON another interpreter. CUDA and HIP say which libraries are built beside the CPU's:
+# AUTO is that of this machine's NVIDIA GPU, and that of a ROCm torch; ON or OFF; HIP=cross, by clang-22 without ROCm.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-HIP ?= $(if $(shell command -v clang++-22 && command -v ld.lld-22 && command -v llvm-as-22),cross,AUTO)
+CUDA := AUTO
+HIP := AUTO
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed-$(HIP)
+INSTALLED := $(VENV)/installed-$(CUDA)-$(HIP)
 SOURCES := $(shell find csrc_common csrc_cpu csrc_cuda csrc_hip cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test lint install clean
@@ -13,10 +15,10 @@ SOURCES := $(shell find csrc_common csrc_cpu csrc_cuda csrc_hip cmake -type f 2>
 demo: install
 	$(BIN)/latentkv demo
 
-test: install
+test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto
 
-lint: install
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,14 +29,21 @@ install: $(INSTALLED)
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet '$(TORCH)' numpy
+	$(BIN)/pip install '$(TORCH)' numpy 'scikit-build-core>=0.11' 'cmake>=3.26' ninja
 	touch $@
 
-# Editable: changes in python/ act at once, changes in csrc_*/ rebuild the libraries.
+# Editable: changes in python/ act at once, changes in csrc_*/ rebuild the libraries. Verbose, as that takes minutes.
 $(INSTALLED): $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet 'scikit-build-core>=0.11' 'cmake>=3.26' ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' -C cmake.define.LATENTKV_HIP=$(HIP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --verbose --no-build-isolation --no-deps --editable . \
+	  -C cmake.define.LATENTKV_CUDA=$(CUDA) -C cmake.define.LATENTKV_HIP=$(HIP)
+	$(BIN)/pip install 'latentkv[cli]'
 	rm -f $(VENV)/installed-*
+	touch $@
+
+# Triton is what torch asks for. A torch that asks for none gets the one that docs/amd.md's figures are of.
+$(VENV)/dev: $(INSTALLED)
+	$(BIN)/pip install 'latentkv[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --no-deps triton==3.6.0
 	touch $@
 
 clean:

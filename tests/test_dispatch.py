@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -169,6 +171,11 @@ def test_detect(monkeypatch: pytest.MonkeyPatch, hip: str | None, available: boo
         ("80-real 90-virtual", "sm_100", True),
         ("90a", "sm_90", True),
         ("90a", "sm_100", False),
+        ("100f", "sm_100", True),
+        ("100f", "sm_103", True),
+        ("100f", "sm_120", False),
+        ("103f", "sm_100", False),
+        ("120f-virtual", "sm_121", True),
         ("gfx942 gfx950", "gfx942", True),
         ("gfx942 gfx950", "gfx90a", False),
         ("gfx942:sramecc+", "gfx942", True),
@@ -179,36 +186,117 @@ def test_has_code_for(architectures: str, gpu: str, expected: bool) -> None:
     assert has_code_for(architectures, gpu) is expected
 
 
-def test_installed_gpus_of_rocm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As the kernel's driver has them; the processor is a node too."""
-    nodes = []
+@pytest.fixture
+def kfd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Five nodes as AMD's driver has them, in another order; the first is the processor. No variable hides any."""
+    glob = Path.glob
     for i, version in enumerate((0, 90402, 90010, 90500, 110000)):
-        nodes.append(tmp_path / str(i))
-        nodes[-1].write_text(f"simd_count 1\ngfx_target_version {version}\n")
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "properties").write_text(
+            f"simd_count 1\ngfx_target_version {version}\nunique_id {255 + i}\n"
+        )
     monkeypatch.setattr(torch.version, "hip", "7.1")
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: nodes)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: sorted(glob(tmp_path, pattern), reverse=True))
+    for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path
+
+
+def test_installed_gpus_of_rocm(kfd: Path) -> None:
     assert installed_gpus() == ["gfx942", "gfx90a", "gfx950", "gfx1100"]
 
 
-def test_installed_gpus_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = Mock()
-    nvml.nvmlInit_v2.return_value = nvml.nvmlDeviceGetCount_v2.return_value = 0
+def test_an_amd_gpu_of_another_container(kfd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node can be seen, but not read."""
+    read_text = Path.read_text
+
+    def read(path: Path) -> str:
+        if path.parent.name == "1":
+            raise PermissionError(1, "Operation not permitted", str(path))
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert installed_gpus() == ["gfx90a", "gfx950", "gfx1100"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HIP_VISIBLE_DEVICES": "1"}, ["gfx90a"]),
+        ({"CUDA_VISIBLE_DEVICES": "2, 0"}, ["gfx950", "gfx942"]),
+        ({"HIP_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": "0"}, ["gfx90a"]),
+        ({"ROCR_VISIBLE_DEVICES": "1,2", "HIP_VISIBLE_DEVICES": "1"}, ["gfx950"]),
+        ({"ROCR_VISIBLE_DEVICES": "GPU-0000000000000103,0"}, ["gfx1100", "gfx942"]),
+        ({"ROCR_VISIBLE_DEVICES": "1,7,2"}, ["gfx90a"]),
+        ({"ROCR_VISIBLE_DEVICES": ""}, []),
+        ({"HIP_VISIBLE_DEVICES": "-1"}, []),
+    ],
+    ids=str,
+)
+def test_hidden_amd_gpus(
+    variables: dict[str, str], expected: list[str], kfd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert installed_gpus() == expected
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """NVIDIA's driver with three GPUs, of which the second does not answer. No variable hides any."""
+    driver = Mock()
+    driver.nvmlInit_v2.return_value = 0
 
     def count(pointer: object) -> int:
-        pointer._obj.value = 2  # type: ignore[attr-defined]
+        pointer._obj.value = 3  # type: ignore[attr-defined]
         return 0
 
-    def capability(gpu: object, major: object, minor: object) -> int:
-        major._obj.value, minor._obj.value = 9, 0  # type: ignore[attr-defined]
+    def handle(i: int, pointer: object) -> int:
+        pointer._obj.value = i  # type: ignore[attr-defined]
+        return int(i == 1)
+
+    def capability(gpu: ctypes.c_void_p, major: object, minor: object) -> int:
+        major._obj.value, minor._obj.value = (7, 5) if gpu.value else (9, 0)  # type: ignore[attr-defined]
         return 0
 
-    nvml.nvmlDeviceGetCount_v2, nvml.nvmlDeviceGetCudaComputeCapability = count, capability
-    nvml.nvmlDeviceGetHandleByIndex_v2.side_effect = [0, 1]  # the second does not answer
+    def uuid(gpu: ctypes.c_void_p, text: object, size: int) -> int:
+        text.value = b"GPU-75cafe" if gpu.value else b"GPU-90beef"  # type: ignore[attr-defined]
+        return 0
+
+    driver.nvmlDeviceGetCount_v2, driver.nvmlDeviceGetHandleByIndex_v2 = count, handle
+    driver.nvmlDeviceGetCudaComputeCapability, driver.nvmlDeviceGetUUID = capability, uuid
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("latentkv.cache.platform.ctypes.CDLL", lambda name: nvml)
-    assert installed_gpus() == ["sm_90"]
+    monkeypatch.setattr("latentkv.cache.platform.ctypes.CDLL", lambda name: driver)
+    for variable in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(variable, raising=False)
+    return driver
+
+
+def test_installed_gpus_of_cuda(nvml: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert installed_gpus() == ["sm_90", "sm_75"]
     monkeypatch.setattr("latentkv.cache.platform.ctypes.CDLL", Mock(side_effect=OSError))
     assert installed_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "expected"),
+    [
+        ("GPU-75", "", ["sm_75"]),
+        ("GPU-75cafe,GPU-90beef", "", ["sm_75", "sm_90"]),
+        ("", "", []),
+        ("-1", "", []),
+        ("MIG-90beef/1/0", "", []),  # that it is of the first GPU only a started CUDA could tell
+        ("1", "PCI_BUS_ID", ["sm_75"]),
+        ("0", "FASTEST_FIRST", ["sm_90", "sm_75"]),  # whichever that is
+        ("0", "", ["sm_90", "sm_75"]),
+    ],
+)
+def test_hidden_nvidia_gpus(
+    visible: str, order: str, expected: list[str], nvml: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    assert installed_gpus() == expected
 
 
 # ----------------------------------------------------------------------------------------------- layout_for
@@ -595,12 +683,20 @@ def test_wish_fails_loudly(
     assert str(error.value) == f"select_backend: {by}: {wish} does not fit {platform}: {reason}"
 
 
-def test_the_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTKV_BACKEND", "FLASHMLA")
+    selection = select_backend(SM90, heads=16, prefer="TRITON_MLA")
+    assert selection.reasons == {"FLASHMLA": "chosen: asked for by LATENTKV_BACKEND"}
+    with pytest.raises(
+        ValueError, match="LATENTKV_BACKEND: FLASHMLA does not fit cpu: platform: expected sm_90 or sm_100"
+    ):
+        select_backend(CPU, heads=16, prefer="CPU_MLA")
     monkeypatch.setenv("LATENTKV_BACKEND", "nonsense")
-    assert select_backend(SM90, heads=16, prefer="FLASHMLA").name == "FLASHMLA"
-    with pytest.raises(ValueError, match=r"LATENTKV_BACKEND: expected .*TRITON_MLA.*, got 'nonsense'"):
-        select_backend(SM90, heads=16)
+    for prefer in (None, "FLASHMLA"):
+        with pytest.raises(ValueError, match=r"LATENTKV_BACKEND: expected .*TRITON_MLA.*, got 'nonsense'"):
+            select_backend(SM90, heads=16, prefer=prefer)
     monkeypatch.setenv("LATENTKV_BACKEND", "")
+    assert select_backend(SM90, heads=16, prefer="FLASHMLA").name == "FLASHMLA"
     assert select_backend(SM90, heads=16).name == "FLASH_ATTN_MLA"
 
 
@@ -723,3 +819,40 @@ def test_aiter_develop(site: Site) -> None:
         }
     )
     assert aiter_problem() is None
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("amd_aiter-1.0.dist-info/direct_url.json", b"{", "JSONDecodeError"),
+        ("amd_aiter-1.0.dist-info/direct_url.json", b"[]", "AttributeError"),
+        ("amd_aiter-1.0.dist-info/direct_url.json", b'{"dir_info": {"editable": true}}', "KeyError: 'url'"),
+        ("amd_aiter-1.0.dist-info/direct_url.json", b"\xff", "UnicodeDecodeError"),
+        ("amd_aiter-1.0.dist-info/RECORD", b"\xff", "UnicodeDecodeError"),
+        ("amd_aiter-1.0.dist-info/RECORD", b"aiter/__init__.py,sha256=0,many\n", "ValueError"),
+        ("amd_aiter-1.0.dist-info/RECORD", None, "another project's"),
+        ("aiter/mla.py", b"def mla_decode_fwd(): '\xff'\n", "UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_aiter_is_passed_over(site: Site, file: str, damage: bytes | None, named: str) -> None:
+    site.aiter()
+    path = site.path / file
+    path.unlink(missing_ok=True)
+    if damage is not None:
+        path.write_bytes(damage)
+    assert named in str(aiter_problem())
+    selection = select_backend(GFX942, heads=16)
+    assert selection.name == "TRITON_MLA" and selection.reasons["ROCM_AITER_MLA"].startswith("passed over: package: ")
+
+
+def test_an_aiter_that_cannot_be_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.aiter()
+    read_text = Path.read_text
+
+    def read(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "mla.py":
+            raise PermissionError(13, "Permission denied", "mla.py")
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert "damaged, reinstall it: PermissionError: [Errno 13] Permission denied: 'mla.py'" in str(aiter_problem())

@@ -549,7 +549,8 @@ def test_a_rocm_torch_loads_the_hip_library(python: Python, tmp_path: Path) -> N
     done = python(rocm + show, LD_LIBRARY_PATH=str(tmp_path))
     assert done.stdout.strip() == "{'cpu': 'native', 'cuda': 'native'} {}", done.stderr
     done = python(rocm + show)
-    assert "'cuda': 'libtorch_hip.so: cannot open shared object file" in done.stdout, done.stderr
+    assert "of this build, got OSError: libtorch_hip.so: cannot open shared object file" in done.stdout, done.stderr
+    assert "RuntimeWarning: latentkv passes over its library for cuda: " in done.stderr
     done = python(show, LD_LIBRARY_PATH=str(tmp_path))
     assert ("{'cuda': 'this torch is built without CUDA or ROCm'}" in done.stdout) == (torch.version.cuda is None)
 
@@ -558,12 +559,13 @@ def test_a_rocm_torch_loads_the_hip_library(python: Python, tmp_path: Path) -> N
 def test_a_library_without_code_for_the_gpu(python: Python, tmp_path: Path) -> None:
     """It is not loaded: Triton serves the GPU."""
     amd.build_runtime(tmp_path)
-    (tmp_path / "properties").write_text("cpu_cores_count 0\ngfx_target_version 110000\n")
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "properties").write_text("cpu_cores_count 0\ngfx_target_version 110000\n")
     rocm = f"""
 import pathlib, torch
 torch.version.hip, torch.version.cuda = "7.1", None
 glob = pathlib.Path.glob
-found = [pathlib.Path({str(tmp_path / "properties")!r})]
+found = [pathlib.Path({str(tmp_path / "0" / "properties")!r})]
 pathlib.Path.glob = lambda self, pattern: found if "kfd" in str(self) else glob(self, pattern)
 import latentkv
 print(latentkv.providers.served_by, latentkv.providers.library_errors)"""
@@ -580,10 +582,12 @@ def test_without_libraries_native_cannot_be_had(bare: Path, python: Python) -> N
 
 
 def test_a_library_that_does_not_load(bare: Path, python: Python) -> None:
+    """It is there, so that it does not serve is no matter of course; but nothing depends on it."""
     (bare / "latentkv" / "_cpu.so").write_text("not a library")
     done = python(RUN.replace('warnings.simplefilter("error")', "pass"), bare)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{'cpu': 'reference'") and "_cpu.so: " in done.stdout
+    assert "RuntimeWarning: latentkv passes over its library for cpu: " in done.stderr and "_cpu.so: " in done.stderr
 
 
 def test_served_by(device: str) -> None:

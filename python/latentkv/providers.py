@@ -30,18 +30,34 @@ __all__ = [
 
 
 def _load(name: str) -> ctypes.CDLL:
+    """The library ``_<name>``, its kernels registered; FileNotFoundError where it was not built.
+
+    It is of use as long as one GPU of this machine can run it.
+    """
     # Looked up as a module, not imported: an editable install keeps libraries and sources apart.
     spec = importlib.util.find_spec(f"{__package__}._{name}")
     if spec is None or spec.origin is None:
-        raise OSError(f"the library _{name} was not built")
-    library = ctypes.CDLL(spec.origin)
-    library.latentkv_architectures.restype = ctypes.c_char_p
-    architectures = library.latentkv_architectures().decode()
-    for gpu in installed_gpus() if architectures else ():
-        if not has_code_for(architectures, gpu):
-            raise OSError(f"the library _{name} was built for {architectures}, not for this machine's {gpu}")
-    library.latentkv_register.argtypes = [ctypes.c_char_p]
-    library.latentkv_register(NATIVE_NAMESPACE.encode())
+        raise FileNotFoundError(f"the library _{name} was not built")
+    try:
+        library = ctypes.CDLL(spec.origin)
+        architectures_of, register = library.latentkv_architectures, library.latentkv_register
+    except Exception as error:  # whatever a damaged library throws, or one of another build, which lacks symbols
+        raise OSError(f"expected the library _{name} of this build, got {type(error).__name__}: {error}") from error
+    architectures_of.restype = ctypes.c_char_p
+    architectures = architectures_of().decode()
+    gpus = dict.fromkeys(installed_gpus() if architectures else ())
+    without = [gpu for gpu in gpus if not has_code_for(architectures, gpu)]
+    if without:
+        found = f"the library _{name} was built for {architectures}, not for this machine's {', '.join(without)}"
+        if len(without) == len(gpus):
+            raise OSError(found)
+        warnings.warn(
+            f"latentkv: {found}, where ops fail with 'no kernel image': hide it, or set LATENTKV_PROVIDER=triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    register.argtypes = [ctypes.c_char_p]
+    register(NATIVE_NAMESPACE.encode())
     return library
 
 
@@ -57,6 +73,8 @@ for _device, _library in (("cpu", "cpu"), ("cuda", "hip" if torch.version.hip el
         _libraries[_device] = _load(_library)
     except OSError as _error:
         library_errors[_device] = str(_error)
+        if not isinstance(_error, FileNotFoundError):
+            warnings.warn(f"latentkv passes over its library for {_device}: {_error}", RuntimeWarning, stacklevel=2)
 
 
 def _ops_of(namespace: str, names: Sequence[str]) -> dict[str, Op]:

@@ -36,6 +36,13 @@ def aiter_problem() -> str | None:
     editable or ``develop`` install counts). Nothing is imported.
     """
     try:
+        return _aiter_problem()
+    except Exception as error:  # whatever a damaged installation throws
+        return f"package: amd-aiter is damaged, reinstall it: {type(error).__name__}: {error}"
+
+
+def _aiter_problem() -> str | None:
+    try:
         spec = importlib.util.find_spec("aiter")
     except ValueError:  # a module without a spec was put into sys.modules
         spec = None
@@ -304,8 +311,8 @@ def select_backend(
 ) -> Selection:
     """The attention backend to write the cache for, with its layout and the reasons.
 
-    A backend asked for by name is taken or the call fails: ``prefer``, else the environment variable
-    ``LATENTKV_BACKEND``. With neither it is the first of :data:`BACKENDS` that fits.
+    A backend asked for by name is taken or the call fails: the environment variable ``LATENTKV_BACKEND``, which
+    overrides, else ``prefer``. With neither it is the first of :data:`BACKENDS` that fits.
 
     Args:
         platform: the machine to ask about; None for this one. AITER, the only reader that is looked up as a
@@ -317,7 +324,7 @@ def select_backend(
         rope_dim: R, elements of the shared rope key.
         block_size: rows in a block where the engine fixes it; None for the chosen backend's usual size.
         sparse: whether the model's attention is sparse (DeepSeek-V3.2, DeepSeek-V4).
-        prefer: the one backend to use.
+        prefer: the one backend to use, unless ``LATENTKV_BACKEND`` names one.
 
     Raises:
         ValueError: an argument is out of range, the backend asked for does not fit, or none does; the message
@@ -327,7 +334,8 @@ def select_backend(
         raise ValueError(f"select_backend: heads: expected at least 1, got {heads}")
     platform = platform or Platform.detect()
     cache = ((kv_lora_rank, rope_dim), resolve_format(format, platform), block_size)
-    wish, source = (prefer, "prefer") if prefer else (os.environ.get("LATENTKV_BACKEND"), "LATENTKV_BACKEND")
+    override = os.environ.get("LATENTKV_BACKEND")
+    wish, source = (override, "LATENTKV_BACKEND") if override else (prefer, "prefer")
     if wish and wish not in BACKENDS:
         raise ValueError(f"select_backend: {source}: expected {_one_of(BACKENDS)}, got {wish!r}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -81,16 +82,57 @@ class Platform:
 
 
 def installed_gpus() -> list[str]:
-    """The architectures of this machine's GPUs, ``["sm_90"]``, asked of the driver without starting CUDA or HIP.
+    """The architectures of the GPUs that this process may use, ``["sm_90"]``, asked without starting CUDA or HIP.
 
     A process that has started either must not fork, so this is what can be asked at import. Empty where there is no
-    driver to ask; GPUs hidden by environment variables count.
+    driver to ask. GPUs that a container or an environment variable hides are left out, as far as can be told.
     """
     if torch.version.hip:
-        nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")
-        found = [re.search(r"^gfx_target_version (\d+)$", node.read_text(), re.MULTILINE) for node in nodes]
-        versions = [int(match[1]) for match in found if match and int(match[1])]  # 90402: gfx942; a CPU has 0
-        return [f"gfx{v // 10000}{v // 100 % 100}{v % 100:x}" for v in versions]
+        gpus = _visible(_kfd_gpus(), "ROCR_VISIBLE_DEVICES")
+        hip = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+        return [arch for _, arch in _visible(gpus, hip)]
+    gpus = _nvml_gpus()
+    by_index = re.match(r"\s*\d", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if not by_index or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+        gpus = _visible(gpus, "CUDA_VISIBLE_DEVICES")
+    # Else any of them may be meant: by default CUDA counts from the fastest on, the driver along the bus.
+    return [arch for _, arch in gpus]
+
+
+def _visible(gpus: list[tuple[str, str]], variable: str) -> list[tuple[str, str]]:
+    """The GPUs (UUID, architecture) that an environment variable names, by index or by how a UUID begins.
+
+    As in CUDA and HIP, what stands behind a name that is no GPU's counts for nothing.
+    """
+    names = os.environ.get(variable)
+    if names is None:
+        return gpus
+    left = []
+    for name in map(str.strip, names.split(",")):
+        named = [g for i, g in enumerate(gpus) if name == str(i) or (name[:4] == "GPU-" and g[0].startswith(name))]
+        if not named:
+            break
+        left.append(named[0])
+    return left
+
+
+def _kfd_gpus() -> list[tuple[str, str]]:
+    """UUID and architecture of each AMD GPU, in the order in which ROCm counts them."""
+    nodes = []
+    for node in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
+        try:
+            properties = dict(re.findall(r"^(\w+) (\d+)$", node.read_text(), re.MULTILINE))
+        except OSError:  # another container's GPU
+            continue
+        version = int(properties.get("gfx_target_version", 0))  # 90402: gfx942; a CPU has 0
+        if version:
+            arch = f"gfx{version // 10000}{version // 100 % 100}{version % 100:x}"
+            nodes.append((int(node.parent.name), f"GPU-{int(properties.get('unique_id', 0)):016x}", arch))
+    return [(uuid, arch) for _, uuid, arch in sorted(nodes)]
+
+
+def _nvml_gpus() -> list[tuple[str, str]]:
+    """UUID and architecture of each NVIDIA GPU, in the order of the bus."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -100,10 +142,13 @@ def installed_gpus() -> list[str]:
         return []
     for i in range(count.value):
         gpu, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(gpu)) == 0 and (
-            nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor)) == 0
+        uuid = ctypes.create_string_buffer(96)
+        if (
+            nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(gpu)) == 0
+            and nvml.nvmlDeviceGetCudaComputeCapability(gpu, ctypes.byref(major), ctypes.byref(minor)) == 0
+            and nvml.nvmlDeviceGetUUID(gpu, uuid, len(uuid)) == 0
         ):
-            gpus.append(f"sm_{major.value}{minor.value}")
+            gpus.append((uuid.value.decode(), f"sm_{major.value}{minor.value}"))
     nvml.nvmlShutdown()
     return gpus
 
@@ -112,7 +157,7 @@ def has_code_for(architectures: str, gpu: str) -> bool:
     """Whether a library compiled for some architectures, as CMake names them, runs on a GPU.
 
     "80" is machine code and PTX, good for every later chip; "80-real" machine code alone, good for the later ones of
-    its generation; "90a" is for that chip alone; gfx names are exact.
+    its generation; "100f" is for the later ones of its generation too, "90a" for that chip alone; gfx names are exact.
     """
     for name in architectures.split():
         match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name)
@@ -121,6 +166,7 @@ def has_code_for(architectures: str, gpu: str) -> bool:
                 return True
             continue
         own, chip = int(match[1]), int(gpu[3:])
-        if chip == own or (chip > own and not match[2] and (match[3] != "-real" or chip // 10 == own // 10)):
+        anywhere = not match[2] and match[3] != "-real"
+        if chip == own or (chip > own and match[2] != "a" and (anywhere or chip // 10 == own // 10)):
             return True
     return False

@@ -121,8 +121,8 @@ def _platform(device: torch.device) -> Platform:
 
 
 def _select(device: torch.device, model: Model, heads: int, format: str, backend: str | None) -> Selection:
-    environ = "LATENTKV_BACKEND" if os.environ.get("LATENTKV_BACKEND") else "--format"
-    with _option("--backend" if backend else environ):
+    asked = "LATENTKV_BACKEND" if os.environ.get("LATENTKV_BACKEND") else "--backend" if backend else "--format"
+    with _option(asked):
         return select_backend(
             _platform(device),
             heads=heads,
@@ -141,7 +141,7 @@ def _output(path: Path | None, option: str, *suffixes: str) -> None:
         expected = " or ".join(suffixes)
         raise typer.BadParameter(f"expected a file name ending in {expected}, got {path}", param_hint=option)
     if option == "--plot" and find_spec("matplotlib") is None:
-        raise typer.BadParameter("expected matplotlib to be installed, got no such module", param_hint=option)
+        raise typer.BadParameter("expected matplotlib, got none: pip install 'latentkv[cli]'", param_hint=option)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise typer.BadParameter(f"expected a file in a writable folder, got {path}", param_hint=option)
 

@@ -1,6 +1,6 @@
 """The side of torch.compile: cache updates that know a cache by its layer's name, and the pass that fuses.
 
-Inductor is only imported once the pass is asked for.
+Inductor, and numpy, which the pass computes with, are only imported once the pass is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ __all__ = ["Fusion", "FusionError", "FusionPass", "Reason", "Report", "Site", "e
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from . import inductor
-
+        try:
+            from . import inductor
+        except ModuleNotFoundError as error:
+            if error.name != "numpy":
+                raise
+            raise ImportError("latentkv.compile: the pass needs numpy: pip install 'latentkv[compile]'") from error
         return getattr(inductor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

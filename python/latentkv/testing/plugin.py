@@ -1,7 +1,8 @@
 """Pytest fixtures for suites that build on latentkv: ``pytest_plugins = ["latentkv.testing.plugin"]``.
 
-``--backend NAME`` (repeatable) picks attention backends; tests that take the fixture ``mla_backend`` run once for each.
-The fixture ``device`` runs a test on every device of the machine: the CPU always, a GPU where there is one.
+``--mla-backend NAME`` (repeatable) picks attention backends; tests that take the fixture ``mla_backend`` run once for
+each, and ``mla_layouts`` are its layouts.
+The fixture ``mla_device`` runs a test on every device of the machine: the CPU always, a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from .matrix import devices
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds ``--backend``."""
+    """Adds ``--mla-backend``."""
     parser.addoption(
-        "--backend",
+        "--mla-backend",
         action="append",
         choices=sorted(BACKENDS),
         metavar="NAME",
@@ -27,11 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrises ``mla_backend``."""
     if "mla_backend" in metafunc.fixturenames:
-        metafunc.parametrize("mla_backend", metafunc.config.getoption("--backend") or list(BACKENDS))
+        metafunc.parametrize("mla_backend", metafunc.config.getoption("--mla-backend") or list(BACKENDS))
 
 
 @pytest.fixture(scope="session", params=devices())
-def device(request: pytest.FixtureRequest) -> str:
+def mla_device(request: pytest.FixtureRequest) -> str:
     """Runs a test once for each device."""
     return request.param  # type: ignore[no-any-return]
 
