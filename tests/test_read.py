@@ -533,7 +533,7 @@ FAULTS: list[tuple[str, str, Spoil, str, dict[str, str]]] = [  # op, argument, h
      {"format": "fp8_ds_mla"}),
     ("convert_cache_", "rope_dim", lambda _: -1, "at least 0, got -1", {}),
     ("convert_cache_", "rope_dim", lambda _: 9, "rows of at least L + R=25 elements, got 24", {"blamed": "src"}),
-    ("convert_cache_", "dst_blocks", lambda t: t.repeat(2, 1), "S=1 runs of blocks, as src_blocks has, got 2", {}),
+    ("convert_cache_", "dst_blocks", lambda t: t.repeat(2, 1), "shape [S=1, m], got [2, 2]", {}),
     ("convert_cache_", "dst_blocks", lambda t: t[:, :1],
      "2 blocks of 6, for src_blocks has 3 of 4, got 1", {}),
     ("convert_cache_", "dst_blocks", lambda _: torch.zeros(3, dtype=torch.int64),
