@@ -118,7 +118,7 @@ def check_tensor(op: Any, a: Any) -> Iterator[str]:
             yield f'x.G.bind({a.name}.size(), "{a.name}");'
         else:
             yield f'check.as_many("{a.name}", {a.name}.size(), x.G);'
-        yield f"for (int i = 0; i < x.G; ++i) {{"
+        yield "for (int i = 0; i < x.G; ++i) {"
         if lead:
             own = f'if (i == 0) check.tensor({{"{a.name}", i}}, {a.name}[i], {types(op, a)}, {{{shapes(a.shape)}}});'
             yield own
@@ -189,9 +189,9 @@ def body(op: Any) -> Iterator[str]:
                 f'"{op.lead}");'
             )
         elif a.kind == "caches":
-            yield f'check.as_many("caches", caches.size(), x.G);'
-            yield f'if (!rope_caches.empty()) check.as_many("rope_caches", rope_caches.size(), x.G);'
-            yield f'check.as_many("scales", scales.size(), x.G);'
+            yield 'check.as_many("caches", caches.size(), x.G);'
+            yield 'if (!rope_caches.empty()) check.as_many("rope_caches", rope_caches.size(), x.G);'
+            yield 'check.as_many("scales", scales.size(), x.G);'
             yield "for (int i = 0; i < x.G; ++i) {"
             yield (
                 'x.caches.push_back(check.cache({"caches", "rope_caches", "scales", "format", i}, caches[i], '
