@@ -104,11 +104,12 @@ LKV_DEVICE uint32_t shuffle_xor(uint32_t x) {
 }
 
 // Programmatic dependent launch (sm_90 and later): a grid may start while the one before it drains. Every kernel calls
-// this before it touches memory that others share. The next grid is let go right away: it waits in its turn.
+// this before it touches memory that others share. Only then is the next grid let go: what it reads before its own wait
+// is older than the grid before it, and must not still be written by the one before that.
 LKV_DEVICE void wait_for_producer() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
