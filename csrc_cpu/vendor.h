@@ -61,6 +61,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
 }
 constexpr bool kDividesByReciprocal = false;  // one division is cheaper than five emulated FMAs
 constexpr bool kEncodesInIntegers = true;
+constexpr bool kKeepsSubnormals = false;  // of fp32: a process may have them flushed to zero
 
 }  // namespace latentkv
 

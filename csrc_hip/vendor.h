@@ -58,6 +58,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
 }
 constexpr bool kDividesByReciprocal = true;
 constexpr bool kEncodesInIntegers = false;
+constexpr bool kKeepsSubnormals = true;  // of fp32
 
 }  // namespace latentkv
 
