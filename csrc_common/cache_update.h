@@ -51,13 +51,14 @@ struct CacheUpdate {
 
   // A group takes the latent vector of one token, or one of its two halves: they share a small batch's conversions.
   LKV_DEVICE void latent(Group group) const {
-    const uint32_t token = p.halves ? group.index / 2 : group.index;
+    const bool halves = kHalvesLatent && p.halves;
+    const uint32_t token = halves ? group.index / 2 : group.index;
     wait_for_producer();
     const auto slot = p.slots.load(token), position = p.positions.load(token);
     const float scale = p.rows.scale ? *p.rows.scale : 1.f;
     const char* const from = p.kv_c + token * p.kv_c_stride;
     const int dim = p.latent_dim;
-    constexpr int held = kMaxLog2Lanes == 0 ? 16 : 2;
+    constexpr int held = kLatentEights;
     Eight<A> x[held];
     int i = group.lane, end = (dim + 7) / 8;
     const auto load = [&](Eight<A>(&to)[held], const char* vector) LKV_INLINE {
@@ -79,7 +80,7 @@ struct CacheUpdate {
     }
     const Plan plan = this->plan(slot, position);
     if (is_prologue ? !plan.alive : !plan.write) return;
-    if (p.halves) {  // of two eights, the lane's share is the first or the second
+    if (halves) {  // of two eights, the lane's share is the first or the second
       if (group.index % 2 == 1) i += group.lanes, x[0] = x[1], weight[0] = weight[1];
       end = min(end, i + 1);
     }
@@ -100,7 +101,7 @@ struct CacheUpdate {
       }
       if (plan.write) store_latent(x, i, end, row, quotient, plan.slot, group);
       i += held * group.lanes;
-      if (p.halves || i >= end) return;
+      if (halves || i >= end) return;
       load(x, from);
       if constexpr (is_prologue) {
         if (p.norm.weight && !p.norm.weight_is_wide) load(weight, p.norm.weight);
@@ -163,7 +164,7 @@ struct CacheUpdate {
     const int count = min(heads.group_heads, heads.count - first_head);
     const int64_t stride = heads.head_stride;
     char* const first = heads.data + token * heads.token_stride + first_head * stride;
-    constexpr int batch = is_key || moves || kMaxGroupHeads == 1 ? 1 : 2;  // heads in flight; a group has one key head
+    constexpr int batch = is_key || moves ? 1 : kHeadsInFlight;  // a group has one key head
     Chunk<A, n> a[batch], b[batch];
     int at_a, at_b;
     const auto load_heads = [&](const char* head, int left) {
@@ -280,7 +281,7 @@ struct CacheUpdate {
     const int count = min(p.nope.group_heads, p.nope.count - first_head), step = n * group.lanes;
     const char* const from = p.nope_from + token * p.nope_from_token_stride + first_head * p.nope_from_head_stride;
     char* const to = p.nope.data + token * p.nope.token_stride + first_head * p.nope.head_stride;
-    constexpr int batch = kMaxGroupHeads == 1 ? 1 : 2, held = 2;  // heads in flight, and chunks of each
+    constexpr int batch = kHeadsInFlight, held = 2;  // chunks of each head
     Chunk<A, n> x[batch][held];
     int h = 0, c = group.lane * n;
     const auto each = [&](const auto& f) LKV_INLINE {

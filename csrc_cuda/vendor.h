@@ -96,7 +96,12 @@ struct Fp8Decoder<E5M2> {
 #endif
 
 constexpr int kMaxGroupHeads = 2;      // heads that a group may turn, one after the other
+constexpr int kHeadsInFlight = 2;      // at a time
+constexpr int kLatentEights = 2;       // of a latent vector that a lane holds at a time
+constexpr bool kHalvesLatent = true;   // whether two groups may share a latent vector
 constexpr bool kSharedKeyCode = true;  // by both rope styles: less code, which a batch of one token waits for
+// Of a row that is converted a lane takes so many turns, of so many eights each, for what it asks for at once.
+constexpr int kConvertTurns = 4, kConvertEights = 1;
 
 // The value of the lane whose number differs in the bit `step`. Every lane of the warp that has not left takes part.
 template <int step>
