@@ -26,10 +26,14 @@ struct CacheUpdate {
   LKV_DEVICE void run(Group group) const {
     if constexpr (part == 0) {
       latent(group);
-    } else if constexpr (part < 3) {
-      heads<part == 1>(group);
-    } else {
+    } else if constexpr (part == 1) {
+      key(group);
+    } else if constexpr (part == 3) {
       nope(group);
+    } else if constexpr (is_prologue) {
+      move_query(group);
+    } else {
+      turn_query(group);
     }
   }
 
@@ -49,15 +53,18 @@ struct CacheUpdate {
     return {alive, rotates && alive, in_cache && alive, position, static_cast<uint32_t>(slot)};
   }
 
+  LKV_DEVICE static float value_of(const float* scale) { return scale ? *scale : 1.f; }
+
   // A group takes the latent vector of one token, or one of its two halves: they share a small batch's conversions.
   LKV_DEVICE void latent(Group group) const {
-    const uint32_t token = p.halves ? group.index / 2 : group.index;
+    const bool halves = kHalvesLatent && p.halves;
+    const uint32_t token = halves ? group.index / 2 : group.index;
     wait_for_producer();
     const auto slot = p.slots.load(token), position = p.positions.load(token);
-    const float scale = p.rows.scale ? *p.rows.scale : 1.f;
+    const float scale = value_of(p.rows.scale);
     const char* const from = p.kv_c + token * p.kv_c_stride;
     const int dim = p.latent_dim;
-    constexpr int held = kMaxLog2Lanes == 0 ? 16 : 2;
+    constexpr int held = kLatentEights;
     Eight<A> x[held];
     int i = group.lane, end = (dim + 7) / 8;
     const auto load = [&](Eight<A>(&to)[held], const char* vector) LKV_INLINE {
@@ -79,7 +86,7 @@ struct CacheUpdate {
     }
     const Plan plan = this->plan(slot, position);
     if (is_prologue ? !plan.alive : !plan.write) return;
-    if (p.halves) {  // of two eights, the lane's share is the first or the second
+    if (halves) {  // of two eights, the lane's share is the first or the second
       if (group.index % 2 == 1) i += group.lanes, x[0] = x[1], weight[0] = weight[1];
       end = min(end, i + 1);
     }
@@ -100,7 +107,7 @@ struct CacheUpdate {
       }
       if (plan.write) store_latent(x, i, end, row, quotient, plan.slot, group);
       i += held * group.lanes;
-      if (p.halves || i >= end) return;
+      if (halves || i >= end) return;
       load(x, from);
       if constexpr (is_prologue) {
         if (p.norm.weight && !p.norm.weight_is_wide) load(weight, p.norm.weight);
@@ -143,128 +150,177 @@ struct CacheUpdate {
     return sum.total(group);
   }
 
-  // A group turns a few heads of one token. A lane holds two chunks R/2 elements apart: NeoX pairs lie across them,
-  // GPT-J pairs within each. So one lane owns both members of every pair, and both styles read and write the same
-  // addresses.
-  template <bool is_key>
-  LKV_DEVICE void heads(Group group) const {
-    constexpr bool moves = is_prologue && !is_key;  // the heads go elsewhere, zeros where a token is not alive
-    const HeadPart& heads = is_key ? p.key : p.query;
-    const uint32_t token = heads.groups.divide(group.index);
-    wait_for_producer();
-    const bool present = !moves || token < p.tokens;
-    Indices::Loaded slot{}, position{};
-    if (present) slot = p.slots.load(token), position = p.positions.load(token);
-    const float scale = scale_of<is_key>();
+  // Heads are turned by pairs of chunks R/2 elements apart: NeoX pairs lie across the two, GPT-J pairs within each. So
+  // one lane owns both members of every pair, and both styles read and write the same addresses.
+  struct Two {
+    Chunk<A, n> a, b;
+  };
+  struct Places {  // the elements at which they begin
+    int a, b;
+  };
+  LKV_DEVICE Places places(int c) const { return {first_of_pair<n>(p.table, c), second_of_pair<n>(p.table, c)}; }
+  LKV_DEVICE static Two load_two(const char* head, Places at) {
+    return {load<A::bytes * n>(head + at.a * A::bytes), load<A::bytes * n>(head + at.b * A::bytes)};
+  }
+  LKV_DEVICE static void put_back(char* head, Places at, const Two& x) {
+    store(head + at.a * A::bytes, x.a);
+    store(head + at.b * A::bytes, x.b);
+  }
+  template <class Kind, class Scale>
+  LKV_DEVICE static void store_two(const Kind& kind, char* to, Places at, const Two& x, const Scale& scale) {
+    constexpr int bytes = kCodeBytes<A, Kind>;
+    store_row(to + at.a * bytes, encode<A, n>(kind, x.a, scale));
+    store_row(to + at.b * bytes, encode<A, n>(kind, x.b, scale));
+  }
+  // Calls f with the style of the pairs, known where it is compiled.
+  template <class F>
+  LKV_DEVICE void with_style(const F& f) const {
+    if (n == 1 || p.table.is_neox) {
+      f(true);
+    } else {
+      f(false);
+    }
+  }
 
+  // The heads of one token that a group takes.
+  struct Share {
+    int first_head, count;
+    char* first;
+  };
+  LKV_DEVICE static Share share_of(const HeadPart& heads, uint32_t token, const Group& group) {
+    const int first = (group.index - token * heads.groups.d) * heads.group_heads;
+    return {first, min(heads.group_heads, heads.count - first),
+            heads.data + token * heads.token_stride + first * heads.head_stride};
+  }
+
+  // A group turns one key head and writes it into the row. Where there is a cache, there is one key head.
+  LKV_DEVICE void key(Group group) const {
+    const uint32_t token = p.key.groups.divide(group.index);
+    wait_for_producer();
+    const auto slot = p.slots.load(token), position = p.positions.load(token);
+    const float scale = value_of(p.rows.scale);
     int c = group.lane * n;
     if (c >= p.table.half_dim) return;
-    const int first_head = (group.index - token * heads.groups.d) * heads.group_heads;
-    const int count = min(heads.group_heads, heads.count - first_head);
-    const int64_t stride = heads.head_stride;
-    char* const first = heads.data + token * heads.token_stride + first_head * stride;
-    constexpr int batch = is_key || moves || kMaxGroupHeads == 1 ? 1 : 2;  // heads in flight; a group has one key head
-    Chunk<A, n> a[batch], b[batch];
-    int at_a, at_b;
-    const auto load_heads = [&](const char* head, int left) {
-      LKV_UNROLL
-      for (int i = 0; i < batch; ++i) {
-        if (i < left) {  // no break: each load has its condition, and none waits for the slot
-          a[i] = load<A::bytes * n>(head + i * stride + at_a * A::bytes);
-          b[i] = load<A::bytes * n>(head + i * stride + at_b * A::bytes);
+    char* const head = share_of(p.key, token, group).first;
+    Places at = places(c);
+    Two x = load_two(head, at);
+    const Plan plan = this->plan(slot, position);
+    if (!plan.write && (is_prologue || !plan.rotate)) return;
+    for (;;) {
+      if (plan.rotate) {
+        Angles<n, angle_bytes> angles;
+        angles.load(p.table, plan.position, c);
+        angles.convert(p.table);
+        const auto turn = [&](bool is_neox) LKV_INLINE {
+          rotate<A>(x.a, x.b, angles, is_neox);
+          if constexpr (!is_prologue) put_back(head, at, x);
+        };
+        if constexpr (kSharedKeyCode) {
+          turn(p.table.is_neox);
+        } else {
+          with_style(turn);
         }
       }
+      if (plan.write) {
+        char* const row = p.rows.at(p.rows.rope, plan.slot);
+        with_code<copies>(p.rows.rope_code,
+                          [&](auto kind) LKV_INLINE { store_two(kind, row, at, x, Quotient(scale)); });
+      }
+      c += n * group.lanes;
+      if (c >= p.table.half_dim) return;
+      at = places(c), x = load_two(head, at);
+    }
+  }
+
+  // A group turns a few query heads of one token where they lie.
+  LKV_DEVICE void turn_query(Group group) const {
+    const uint32_t token = p.query.groups.divide(group.index);
+    wait_for_producer();
+    const auto slot = p.slots.load(token), position = p.positions.load(token);
+    int c = group.lane * n;
+    if (c >= p.table.half_dim) return;
+    const Share share = share_of(p.query, token, group);
+    const int64_t stride = p.query.head_stride;
+    constexpr int batch = kHeadsInFlight;
+    Two x[batch];
+    Places at = places(c);
+    const auto load_heads = [&](const char* head, int left) LKV_INLINE {
+      LKV_UNROLL
+      for (int i = 0; i < batch; ++i) {
+        if (i < left) x[i] = load_two(head + i * stride, at);  // no break: none waits for the slot
+      }
     };
-    const auto seek = [&] {
-      at_a = first_of_pair<n>(p.table, c), at_b = second_of_pair<n>(p.table, c);
-      load_heads(first, present ? count : 0);
-    };
-    seek();
+    load_heads(share.first, share.count);
+    const Plan plan = this->plan(slot, position);
+    if (!plan.rotate) return;
+    for (;;) {
+      Angles<n, angle_bytes> angles;
+      angles.load(p.table, plan.position, c);
+      angles.convert(p.table);
+      char* head = share.first;
+      for (int left = share.count;;) {
+        with_style([&](bool is_neox) LKV_INLINE {
+          LKV_UNROLL
+          for (int i = 0; i < batch; ++i) {
+            if (i < left) {
+              rotate<A>(x[i].a, x[i].b, angles, is_neox);
+              put_back(head + i * stride, at, x[i]);
+            }
+          }
+        });
+        left -= batch;
+        if (kMaxGroupHeads <= batch || left <= 0) break;
+        head += batch * stride;
+        load_heads(head, left);
+      }
+      c += n * group.lanes;
+      if (c >= p.table.half_dim) return;
+      at = places(c);
+      load_heads(share.first, share.count);
+    }
+  }
+
+  // A group turns a few query heads of one token on their way elsewhere: zeros where the token is not alive.
+  LKV_DEVICE void move_query(Group group) const {
+    const uint32_t token = p.query.groups.divide(group.index);
+    wait_for_producer();
+    const bool present = token < p.tokens;
+    Indices::Loaded slot{}, position{};
+    if (present) slot = p.slots.load(token), position = p.positions.load(token);
+    const float scale = value_of(p.query_scale);
+    int c = group.lane * n;
+    if (c >= p.table.half_dim) return;
+    const Share share = share_of(p.query, token, group);
+    Two x;
+    Places at = places(c);
+    if (present) x = load_two(share.first, at);
     const Plan plan = present ? this->plan(slot, position) : Plan{};
-    if (is_key && !plan.write && (is_prologue || !plan.rotate)) return;
-    if (!is_prologue && !is_key && !plan.rotate) return;
     for (;;) {
       Angles<n, angle_bytes> angles;
       if (plan.rotate) angles.load(p.table, plan.position, c);
       // While the angles are on their way.
-      [[maybe_unused]] Factor factor{0.f};
-      if (moves && !copies && plan.alive) factor.factor = rcp_rn(scale);
+      Factor factor{0.f};
+      if (!copies && plan.alive) factor.factor = rcp_rn(scale);
       if (plan.rotate) angles.convert(p.table);
-      char* head = first;
+      const char* head = share.first;
       for (int h = 0;;) {
-        const int some = min(batch, count - h);
-        const auto rotate_some = [&](bool is_neox) LKV_INLINE {
-          LKV_UNROLL
-          for (int i = 0; i < batch; ++i) {
-            if (i < some) {
-              rotate<A>(a[i], b[i], angles, is_neox);
-              if constexpr (!is_prologue) {
-                store(head + i * stride + at_a * A::bytes, a[i]);
-                store(head + i * stride + at_b * A::bytes, b[i]);
-              }
-            }
-          }
-        };
-        if (!plan.rotate) {
-          if (moves && !plan.alive) {
-            LKV_UNROLL
-            for (int i = 0; i < batch; ++i) a[i] = b[i] = {};
-          }
-        } else if constexpr (is_key && kSharedKeyCode) {
-          rotate_some(p.table.is_neox);
-        } else if (n == 1 || p.table.is_neox) {
-          rotate_some(true);
-        } else {
-          rotate_some(false);
+        if (plan.rotate) {
+          with_style([&](bool is_neox) LKV_INLINE { rotate<A>(x.a, x.b, angles, is_neox); });
+        } else if (!plan.alive) {
+          x = {};
         }
-        if constexpr (moves) {
-          char* const to = p.rope_out + token * p.rope_token_stride + (first_head + h) * p.rope_head_stride;
-          with_code<copies>(p.query_code, [&](auto kind) LKV_INLINE {
-            store_heads(kind, to, p.rope_head_stride, some, at_a, at_b, a, b, factor);
-          });
-        }
-        h += batch;
-        if (is_key || kMaxGroupHeads <= batch || h >= count) break;
-        head += batch * stride;
-        load_heads(head, present ? count - h : 0);
-      }
-      if constexpr (is_key) {
-        if (plan.write) {  // there is one key head, where there is a cache
-          char* const row = p.rows.at(p.rows.rope, plan.slot);
-          with_code<copies>(p.rows.rope_code, [&](auto kind) LKV_INLINE {
-            store_heads(kind, row, 0, 1, at_a, at_b, a, b, Quotient(scale));
-          });
-        }
+        char* const to = p.rope_out + token * p.rope_token_stride + (share.first_head + h) * p.rope_head_stride;
+        with_code<copies>(p.query_code, [&](auto kind) LKV_INLINE { store_two(kind, to, at, x, factor); });
+        ++h;
+        if (kMaxGroupHeads == 1 || h >= share.count) break;
+        head += p.query.head_stride;
+        if (present) x = load_two(head, at);
       }
       c += n * group.lanes;
       if (c >= p.table.half_dim) return;
-      seek();
+      at = places(c);
+      if (present) x = load_two(share.first, at);
     }
-  }
-
-  template <class Kind, int batch, class Scale>
-  LKV_DEVICE static void store_heads(const Kind& kind, char* to, int64_t stride, int count, int at_a, int at_b,
-                                     const Chunk<A, n> (&a)[batch], const Chunk<A, n> (&b)[batch], const Scale& scale) {
-    constexpr int bytes = kCodeBytes<A, Kind>;
-    LKV_UNROLL
-    for (int i = 0; i < batch; ++i) {
-      if (i < count) {
-        store_row(to + i * stride + at_a * bytes, encode<A, n>(kind, a[i], scale));
-        store_row(to + i * stride + at_b * bytes, encode<A, n>(kind, b[i], scale));
-      }
-    }
-  }
-
-  // Of what heads are stored as: the row's for a key, the query's where that may be quantised.
-  template <bool is_key>
-  LKV_DEVICE float scale_of() const {
-    const float* scale = nullptr;
-    if constexpr (is_key) {
-      scale = p.rows.scale;
-    } else if constexpr (is_prologue) {
-      scale = p.query_scale;
-    }
-    return scale ? *scale : 1.f;
   }
 
   // A group copies the latent parts of a few heads of one token. Those that are there already only become zero where
@@ -275,12 +331,12 @@ struct CacheUpdate {
     const bool present = token < p.tokens, moves = p.nope_from != nullptr;
     Indices::Loaded slot{}, position{};
     if (present) slot = p.slots.load(token), position = p.positions.load(token);
-    const float scale = scale_of<false>();
+    const float scale = value_of(p.query_scale);
     const int first_head = (group.index - token * p.nope.groups.d) * p.nope.group_heads;
     const int count = min(p.nope.group_heads, p.nope.count - first_head), step = n * group.lanes;
     const char* const from = p.nope_from + token * p.nope_from_token_stride + first_head * p.nope_from_head_stride;
     char* const to = p.nope.data + token * p.nope.token_stride + first_head * p.nope.head_stride;
-    constexpr int batch = kMaxGroupHeads == 1 ? 1 : 2, held = 2;  // heads in flight, and chunks of each
+    constexpr int batch = kHeadsInFlight, held = 2;  // chunks of each head
     Chunk<A, n> x[batch][held];
     int h = 0, c = group.lane * n;
     const auto each = [&](const auto& f) LKV_INLINE {

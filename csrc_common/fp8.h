@@ -91,10 +91,17 @@ struct Fp8Encoder {
 // The number that a code of eight bits stands for.
 template <class Kind>
 LKV_DEVICE float decode_fp8(Kind, uint32_t code) {
-  // Exponent and mantissa at fp32's place are too small by the difference of the biases; the product is exact.
-  const uint32_t magnitude = code & 0x7F;
-  const float up = bits_float(static_cast<uint32_t>(254 - Kind::bias) << 23);
-  uint32_t bits = float_bits(mul_rn(bits_float(magnitude << (23 - Kind::mantissa)), up));
+  const uint32_t magnitude = code & 0x7F, at_place = magnitude << (23 - Kind::mantissa);
+  uint32_t bits;
+  if constexpr (kKeepsSubnormals) {
+    // Exponent and mantissa at fp32's place are too small by the difference of the biases; the product is exact.
+    bits = float_bits(mul_rn(bits_float(at_place), bits_float(static_cast<uint32_t>(254 - Kind::bias) << 23)));
+  } else {
+    // A subnormal is what its mantissa adds to the smallest normal.
+    const uint32_t up = static_cast<uint32_t>(127 - Kind::bias) << 23, least = up + (1 << 23);
+    const uint32_t subnormal = float_bits(sub_rn(bits_float(at_place + least), bits_float(least)));
+    bits = magnitude >> Kind::mantissa ? at_place + up : subnormal;
+  }
   if (magnitude >= Kind::infinite) bits |= 0x7F800000;
   if (!Kind::negative_zero && code == Kind::nan) bits = 0x7FC00000;
   return bits_float(bits | (code & 0x80) << 24);

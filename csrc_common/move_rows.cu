@@ -54,8 +54,7 @@ struct CopyRows {
 template <int n, int bytes>
 struct ConvertRows {
   static constexpr int kParts = 1;
-  static constexpr int kTurns = kMaxLog2Lanes == 0 ? 1 : 4;   // of the latent vector
-  static constexpr int kTaken = kMaxLog2Lanes == 0 ? 16 : 1;  // eights of a turn
+  static constexpr int kTurns = kConvertTurns, kTaken = kConvertEights;  // of the latent vector; of a turn
   static constexpr int kHeld = kTurns * kTaken;
   template <class A>
   static constexpr int width = n == 1          ? 1

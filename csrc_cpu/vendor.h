@@ -61,6 +61,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
 }
 constexpr bool kDividesByReciprocal = false;  // one division is cheaper than five emulated FMAs
 constexpr bool kEncodesInIntegers = true;
+constexpr bool kKeepsSubnormals = false;  // of fp32: a process may have them flushed to zero
 
 }  // namespace latentkv
 
@@ -71,7 +72,12 @@ namespace latentkv {
 
 constexpr int kMaxLog2Lanes = 0;         // of a group
 constexpr int kMaxGroupHeads = 1 << 20;  // heads that a group may turn, one after the other
+constexpr int kHeadsInFlight = 2;        // at a time
+constexpr int kLatentEights = 16;        // of a latent vector that a lane holds at a time
+constexpr bool kHalvesLatent = false;    // whether two groups may share a latent vector
 constexpr bool kSharedKeyCode = true;    // by both rope styles
+// Of a row that is converted a lane takes so many turns, of so many eights each, for what it asks for at once.
+constexpr int kConvertTurns = 1, kConvertEights = 16;
 inline int64_t resident_lanes(int) {
   return 1;
 }

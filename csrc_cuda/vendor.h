@@ -53,6 +53,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
 }
 constexpr bool kDividesByReciprocal = true;
 constexpr bool kEncodesInIntegers = false;
+constexpr bool kKeepsSubnormals = true;  // of fp32
 
 }  // namespace latentkv
 
@@ -95,7 +96,12 @@ struct Fp8Decoder<E5M2> {
 #endif
 
 constexpr int kMaxGroupHeads = 2;      // heads that a group may turn, one after the other
+constexpr int kHeadsInFlight = 2;      // at a time
+constexpr int kLatentEights = 2;       // of a latent vector that a lane holds at a time
+constexpr bool kHalvesLatent = true;   // whether two groups may share a latent vector
 constexpr bool kSharedKeyCode = true;  // by both rope styles: less code, which a batch of one token waits for
+// Of a row that is converted a lane takes so many turns, of so many eights each, for what it asks for at once.
+constexpr int kConvertTurns = 4, kConvertEights = 1;
 
 // The value of the lane whose number differs in the bit `step`. Every lane of the warp that has not left takes part.
 template <int step>
@@ -104,11 +110,12 @@ LKV_DEVICE uint32_t shuffle_xor(uint32_t x) {
 }
 
 // Programmatic dependent launch (sm_90 and later): a grid may start while the one before it drains. Every kernel calls
-// this before it touches memory that others share. The next grid is let go right away: it waits in its turn.
+// this before it touches memory that others share. Only then is the next grid let go: what it reads before its own wait
+// is older than the grid before it, and must not still be written by the one before that.
 LKV_DEVICE void wait_for_producer() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

@@ -58,6 +58,7 @@ LKV_DEVICE float unpack_fp16(uint16_t bits) {
 }
 constexpr bool kDividesByReciprocal = true;
 constexpr bool kEncodesInIntegers = false;
+constexpr bool kKeepsSubnormals = true;  // of fp32
 
 }  // namespace latentkv
 
@@ -111,7 +112,12 @@ struct Fp8Encoder<E5M2> {
 // Heads that a group may turn, one after the other. A second one costs the registers of two waves; loading the angles
 // again should cost little, as they lie in L1 (an assumption: no AMD GPU has measured it).
 constexpr int kMaxGroupHeads = 1;
+constexpr int kHeadsInFlight = 1;       // at a time
+constexpr int kLatentEights = 2;        // of a latent vector that a lane holds at a time
+constexpr bool kHalvesLatent = true;    // whether two groups may share a latent vector
 constexpr bool kSharedKeyCode = false;  // by both rope styles: it would take more registers
+// Of a row that is converted a lane takes so many turns, of so many eights each, for what it asks for at once.
+constexpr int kConvertTurns = 4, kConvertEights = 1;
 
 // The value of the lane whose number differs in the bit `step`: within any 32 lanes, whatever the width of a wave.
 template <int step>

@@ -106,3 +106,23 @@ def test_a_batch_of_another_size_compiles_nothing(hopper: Hopper) -> None:
         table, lengths = torch.zeros(tokens, 16 * tokens, dtype=torch.int32), torch.ones(tokens, dtype=torch.int32)
         providers.triton.mla_decode(q, cache, table, lengths, sm_scale=1.0)
     assert sorted(hopper.loaded) == ["attend", "merge", "move_rows", "update_kernel"]
+
+
+def test_the_next_grid_is_let_go_after_the_wait(hopper: Hopper) -> None:
+    """By every kernel: what the next one reads before its own wait may else still be written by the one before."""
+    from latentkv.ops.triton import decode, indexer, read, update
+
+    for op in ("rope_write_cache_", "write_cache_grouped_", "write_indexer_cache_", "gather_cache"):
+        Problem(Case(op, CacheLayout(128, 64, 16), layers=2 if op == "write_cache_grouped_" else 1), "cpu").run(
+            providers.triton
+        )
+    q, cache = torch.zeros(1, 2, 192, dtype=torch.bfloat16), CacheLayout(128, 64, 16).allocate(3, "cpu")
+    table, lengths = torch.zeros(1, 16, dtype=torch.int32), torch.tensor([5])
+    providers.triton.mla_decode(q, cache, table, lengths, sm_scale=1.0)
+    kernels = (update.update_kernel, update.grouped_kernel, indexer.indexer_kernel, read.move_rows)
+    for kernel in (*kernels, decode.attend, decode.merge):
+        compiled = list(kernel.device_caches[0][0].values())
+        assert compiled
+        for ptx in (c.asm["ptx"] for c in compiled):
+            assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
+            assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")

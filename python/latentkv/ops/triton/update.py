@@ -59,10 +59,13 @@ class Pages(NamedTuple):
 
 @triton.jit
 def wait_for_producer(PDL: tl.constexpr):
-    """Before memory that others share is touched. The next grid is let go right away: it waits in its turn."""
+    """Before memory that others share is touched. Only then is the next grid let go.
+
+    What that reads before its own wait is older than this grid, and must not still be written by the one before.
+    """
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
