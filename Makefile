@@ -8,7 +8,8 @@ HIP := AUTO
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(CUDA)-$(HIP)
-SOURCES := $(shell find csrc_common csrc_cpu csrc_cuda csrc_hip cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc_common csrc_cpu csrc_cuda csrc_hip cmake -type f 2>/dev/null) CMakeLists.txt pyproject.toml \
+  python/latentkv/ops/description.py
 
 .PHONY: demo test lint install clean
 

@@ -167,7 +167,7 @@ void Update::finish(int64_t query_tokens) {
     const uint32_t log2 = log2_lanes((latent_dim + 7) / 8);
     const int64_t eights = (latent_dim + 7) / 8, lanes = int64_t{1} << log2;
     // So few rows leave lanes idle on any GPU. Both halves read all of a row, so it must not change meanwhile.
-    p.halves = !copies && kMaxLog2Lanes > 0 && eights > lanes && eights <= 2 * lanes && p.tokens <= 512 &&
+    p.halves = !copies && kHalvesLatent && eights > lanes && eights <= 2 * lanes && p.tokens <= 512 &&
                p.kv_c_out != p.kv_c;
     grid.part[0] = {p.halves ? 2 * p.tokens : p.tokens, log2};
   }

@@ -25,6 +25,7 @@ from latentkv.testing import Case, Problem, check, first_difference, matrix
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 ALL = "all.cu"
+DESCRIPTION = "python/latentkv/ops/description.py"
 KEPT: list[object] = []  # a namespace lives as long as its library object
 
 
@@ -74,15 +75,15 @@ FAULTS = (
     Fault(
         "last row before the padding left out",
         "csrc_common/prepare.cu",
-        r"\btokens = call\.slots->size\(0\);",
-        "tokens = call.slots->size(0); tokens -= tokens && tokens < tokens_all;",
+        r"params\.tokens = static_cast<uint32_t>\(tokens\);",
+        "params.tokens = static_cast<uint32_t>(tokens - (tokens > 1));",
         ("matrix",),
     ),
     Fault(
         "padding rows of the query not made zero",
-        "csrc_common/prepare.cu",
-        r"call\.q_out \? tokens_all : tokens;",
-        "tokens;",
+        "csrc_common/decode_prologue.cu",
+        r"update\.finish\(x\.N\);",
+        "update.finish(x.T);",
         ("matrix",),
     ),
     Fault(
@@ -171,6 +172,9 @@ def mutated(fault: Fault, folder: Path) -> None:
     for name in ("csrc_common", "csrc_cpu", "csrc_hip", "cmake"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "CMakeLists.txt", folder)
+    described = folder / DESCRIPTION
+    described.parent.mkdir(parents=True)
+    shutil.copy(ROOT / DESCRIPTION, described)
     file = folder / fault.file
     text, count = re.subn(fault.pattern, fault.replacement, file.read_text())
     assert count == 1, f"{fault}: {fault.pattern!r} fits {count} times in {fault.file}: adapt it to the source"
@@ -186,8 +190,11 @@ def mutated(fault: Fault, folder: Path) -> None:
 def built(folder: Path, namespace: str) -> Provider:
     """The CPU library of ``folder``, as csrc_cpu/CMakeLists.txt and cmake/torch.cmake make it but for -O3."""
     torch_folder, library = Path(torch.__file__).parent, folder / "mutant.so"
+    generate = [folder / "cmake" / "generate_ops.py", folder / DESCRIPTION, folder / "generated"]
+    subprocess.run([sys.executable, *generate], check=True)
     command = f"""{COMPILER} -std=c++20 -O0 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -fvisibility=hidden -w
         -DTORCH_TARGET_VERSION=0x020A000000000000 -DLATENTKV_ARCHITECTURES="" -I{folder}/csrc_cpu -I{folder}/csrc_common
+        -I{folder}/generated
         -isystem {torch_folder}/include -x c++ {folder}/csrc_common/{ALL} -x none
         {torch_folder}/lib/libtorch_cpu.so -Wl,--as-needed -Wl,--unresolved-symbols=ignore-in-shared-libs
         -o {library}"""

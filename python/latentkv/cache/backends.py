@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from .layouts import CacheLayout, Placement, resolve_format
+from .layouts import CacheLayout, FormatName, Placement, resolve_format
 from .platform import Kind, Platform
 
-__all__ = ["BACKENDS", "Backend", "Selection", "aiter_problem", "layout_for", "select_backend"]
+__all__ = ["BACKENDS", "Backend", "BackendName", "Selection", "aiter_problem", "layout_for", "select_backend"]
 
 
 def _one_of(values: Iterable[object]) -> str:
@@ -72,10 +73,16 @@ def _owns(dist: metadata.Distribution, init: Path) -> bool:
     return any(path.resolve() == init for path in own)
 
 
-_16_BIT = ("bf16", "fp16")
-_E4M3 = ("fp8_e4m3fn", "fp8_e4m3fnuz")  # of the two, a platform reads only its own
+_16_BIT: tuple[FormatName, ...] = ("bf16", "fp16")
+_E4M3: tuple[FormatName, ...] = ("fp8_e4m3fn", "fp8_e4m3fnuz")  # of the two, a platform reads only its own
 _ANY = range(1, 1 << 31)
 _MULTIPLE_OF_16 = range(16, 1 << 31, 16)
+
+
+BackendName = Literal[
+    "FLASHINFER_MLA", "CUTLASS_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "FLASHINFER_PAGED_MLA", "ROCM_AITER_MLA",
+    "TRITON_MLA", "CPU_MLA", "FLASHMLA_SPARSE", "V4_FLASHMLA_SPARSE",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,10 +104,10 @@ class Backend:
         problem: tells why its package cannot be used; no function where the reader is the engine's own.
     """
 
-    name: str
+    name: BackendName
     kinds: tuple[Kind, ...]
     archs: tuple[str, ...] = ()
-    formats: tuple[str, ...] = _16_BIT
+    formats: tuple[FormatName, ...] = _16_BIT
     block_sizes: range | tuple[int, ...] = _ANY
     block_size: int = 64
     placement: Placement = "concat"
@@ -206,7 +213,7 @@ BACKENDS: Mapping[str, Backend] = {
 
 
 def _layout_problems(
-    backend: Backend, dims: tuple[int, int], format: str, block_size: int | None, platform: Platform | None
+    backend: Backend, dims: tuple[int, int], format: FormatName, block_size: int | None, platform: Platform | None
 ) -> list[str]:
     """Why ``backend`` cannot read such a cache on ``platform`` (None: anywhere); empty if it can."""
     found = []
@@ -239,17 +246,17 @@ def _problems(backend: Backend, platform: Platform, heads: int, sparse: bool, na
     return found
 
 
-def _layout(backend: Backend, dims: tuple[int, int], format: str, block_size: int | None) -> CacheLayout:
+def _layout(backend: Backend, dims: tuple[int, int], format: FormatName, block_size: int | None) -> CacheLayout:
     size = backend.block_size if block_size is None else block_size
     return CacheLayout(*dims, size, format, backend.placement)
 
 
 def layout_for(
-    backend: str,
+    backend: BackendName,
     *,
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
-    format: str = "bf16",
+    format: FormatName = "bf16",
     block_size: int | None = None,
 ) -> CacheLayout:
     """The cache layout that ``backend`` reads, whatever machine it will run on.
@@ -283,7 +290,7 @@ class Selection:
         platform: the platform asked about.
     """
 
-    name: str
+    name: BackendName
     layout: CacheLayout
     reasons: Mapping[str, str] = field(hash=False)
     platform: Platform
@@ -302,12 +309,12 @@ def select_backend(
     platform: Platform | None = None,
     *,
     heads: int,
-    format: str = "bf16",
+    format: FormatName = "bf16",
     kv_lora_rank: int = 512,
     rope_dim: int = 64,
     block_size: int | None = None,
     sparse: bool = False,
-    prefer: str | None = None,
+    prefer: BackendName | None = None,
 ) -> Selection:
     """The attention backend to write the cache for, with its layout and the reasons.
 

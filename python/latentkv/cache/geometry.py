@@ -1,6 +1,6 @@
 """Where tensors lie in memory: do two of them share bytes, does one overlap itself?
 
-``csrc_common/geometry.h`` is its twin. Both answers may be wrong in one direction: strides so irregular that nothing can be told count as an overlap.
+Strides so irregular that nothing can be told count as an overlap. ``csrc_common/geometry.h`` is the twin in C++.
 """
 
 from __future__ import annotations

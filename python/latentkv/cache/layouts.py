@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
+from .geometry import overlaps_itself
 from .platform import Platform
 
-__all__ = ["FORMATS", "CacheLayout", "Format", "MLACache", "Packed", "Placement", "resolve_format"]
+__all__ = [
+    "FORMATS", "CacheLayout", "Format", "FormatName", "MLACache", "Packed", "Placement", "resolve_format",
+]  # fmt: skip
 
 Placement = Literal["concat", "split"]
+FormatName = Literal[
+    "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "fp8_ds_mla", "fp8_model1", "fp8"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def resolve_format(format: str, platform: Platform | None = None) -> str:
+def resolve_format(format: str, platform: Platform | None = None) -> FormatName:
     """The format a user's word means: ``"fp8"`` is the e4m3 kind of ``platform`` (None: of this machine).
 
     Raises:
@@ -94,7 +100,7 @@ def resolve_format(format: str, platform: Platform | None = None) -> str:
         return (platform or Platform.detect()).fp8_format
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)} or fp8, got {format!r}")
-    return format
+    return cast(FormatName, format)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class CacheLayout:
     kv_lora_rank: int = 512
     rope_dim: int = 64
     block_size: int = 64
-    format: str = "bf16"
+    format: FormatName = "bf16"
     placement: Placement = "concat"
 
     def __post_init__(self) -> None:
@@ -148,6 +154,12 @@ class CacheLayout:
         return FORMATS[self.format].dtype
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes from one block to the next as :meth:`allocate` lays them, both parts together: a packed format pads."""
+        multiple = self.packed.block_multiple if self.packed and self.packed.block_multiple else 1
+        return -(-self.block_size * self.row_bytes // multiple) * multiple
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that one token takes, both parts and the scales of a packed format together."""
         if self.packed is not None:
@@ -155,7 +167,10 @@ class CacheLayout:
         return (self.kv_lora_rank + self.rope_dim) * self.dtype.itemsize
 
     def shapes(self, num_blocks: int) -> tuple[tuple[int, int, int], ...]:
-        """The shape of each tensor of a cache of ``num_blocks`` blocks: one for concat, two for split."""
+        """The shape of each tensor of a cache of ``num_blocks`` blocks: one for concat, two for split.
+
+        Blocks of fp8_model1 lie :attr:`block_bytes` apart, which is more than their rows take.
+        """
         widths: tuple[int, ...] = (self.kv_lora_rank, self.rope_dim)
         if self.placement == "concat":
             widths = (self.row_bytes // self.dtype.itemsize,)
@@ -169,19 +184,16 @@ class CacheLayout:
         ``scale`` is the dequantisation scale of a quantised format (stored = convert(x / scale)): a float, one fp32
         element on ``device``, or None for 1.0. Blocks of fp8_model1 lie a multiple of 576 bytes apart.
         """
-        if isinstance(scale, float | int):
-            scale = torch.tensor([scale], dtype=torch.float32, device=device)
         tensors = []
         for shape in self.shapes(num_blocks):
-            _, entries, width = shape
-            block, multiple = entries * width, self.packed and self.packed.block_multiple
-            padded = -(-block // multiple) * multiple if multiple else block
+            block = shape[1] * shape[2]
+            padded = self.block_bytes if self.packed else block
             storage = torch.zeros((num_blocks, padded), dtype=self.dtype, device=device)
             tensors.append(storage[:, :block].view(shape))
         return MLACache.wrap(tensors, self, scale)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MLACache:
     """A paged latent cache: its tensors, their layout and the dequantisation scale. It owns no memory of its own.
 
@@ -211,7 +223,7 @@ class MLACache:
         cls,
         tensors: torch.Tensor | Sequence[torch.Tensor],
         layout: CacheLayout,
-        scale: torch.Tensor | None = None,
+        scale: float | torch.Tensor | None = None,
     ) -> MLACache:
         """Wraps an engine's own storage without copying.
 
@@ -219,11 +231,11 @@ class MLACache:
             tensors: one tensor (concat) or a (latent, rope) pair (split), each [B, bs, C] or [B, 1, bs, C]. C may be
                 wider than the row, blocks may be padded and views may start anywhere in their storage.
             layout: the meaning of the bytes. A quantised format may come in its own dtype or as ``torch.uint8``.
-            scale: one fp32 element on the same device, or None.
+            scale: a float, one fp32 element on the same device, or None for 1.0.
 
         Raises:
-            ValueError: a tensor's rank, shape, dtype or device, the distance of fp8_model1's entries, or the scale,
-                contradicts the layout.
+            ValueError: a tensor's rank, shape, dtype or device, the distance of fp8_model1's entries and blocks, or the
+                scale, contradicts the layout; or rows overlap in memory.
         """
         parts = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         shapes = layout.shapes(parts[0].shape[0] if parts else 0)
@@ -244,7 +256,15 @@ class MLACache:
             if packed and packed.block_multiple and view.shape[1] > 1 and view.stride(1) != packed.row_bytes:
                 expected = f"entries {packed.row_bytes} bytes apart, as scales lie after a block's rows"
                 raise ValueError(f"tensors[{i}]: expected {expected}, got {view.stride(1)}")
+            if packed and packed.block_multiple and view.shape[0] > 1 and view.stride(0) % packed.block_multiple:
+                expected = f"blocks a multiple of {packed.block_multiple} bytes apart, as readers find them"
+                raise ValueError(f"tensors[{i}]: expected {expected}, got {view.stride(0)}")
+            if overlaps_itself(view.shape, view.stride()):
+                strides = f"strides {list(part.stride())} for shape {list(part.shape)}"
+                raise ValueError(f"tensors[{i}]: expected rows that do not overlap in memory, got {strides}")
             views.append(view)
+        if isinstance(scale, float | int):
+            scale = torch.tensor([scale], dtype=torch.float32, device=parts[0].device)
         if scale is not None and (
             scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != parts[0].device
         ):
@@ -253,6 +273,12 @@ class MLACache:
                 f"got {scale.dtype} {list(scale.shape)} on {scale.device}"
             )
         return cls(views[0], views[1] if len(views) == 2 else None, layout, scale)
+
+    def __repr__(self) -> str:
+        """One line, without the numbers in it."""
+        shapes = " + ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.tensors)
+        scale = "" if self.scale is None else ", scaled"
+        return f"<MLACache {self.layout.format} {self.layout.placement}: {shapes} on {self.device}{scale}>"
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

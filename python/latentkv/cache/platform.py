@@ -61,7 +61,7 @@ class Platform:
         return cls("cuda", f"sm_{major}{minor}")
 
     @property
-    def fp8_format(self) -> str:
+    def fp8_format(self) -> Literal["fp8_e4m3fn", "fp8_e4m3fnuz"]:
         """The e4m3 kind that this architecture computes with, which ``format="fp8"`` means."""
         return "fp8_e4m3fnuz" if self.arch in ("gfx940", "gfx941", "gfx942") else "fp8_e4m3fn"
 

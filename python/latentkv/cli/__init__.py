@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 import torch
 import typer
@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from .. import __version__, providers, select_backend
-from ..cache.backends import BACKENDS, Selection
+from ..cache.backends import BACKENDS, BackendName, Selection
 from ..cache.layouts import FORMATS, CacheLayout, resolve_format
 from ..cache.platform import Platform
 from ..models import MODELS, Model
@@ -126,10 +126,10 @@ def _select(device: torch.device, model: Model, heads: int, format: str, backend
         return select_backend(
             _platform(device),
             heads=heads,
-            format=format,
+            format=resolve_format(format, _platform(device)),
             kv_lora_rank=model.kv_lora_rank,
             rope_dim=model.rope_dim,
-            prefer=backend,
+            prefer=cast(BackendName | None, backend),
         )
 
 
@@ -309,7 +309,7 @@ def verify(
     total, wrong, failed = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     complaints = []
     for case in track(cases, f"{name} on {on}", console=progress_console, transient=True):
-        key = (case.op, case.layout.format)
+        key: tuple[str, str] = (case.op, case.layout.format)
         total[key] += 1
         try:
             if differences := check(case, getattr(providers, name), providers.reference, on, expected_device="cpu"):

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..cache.layouts import FORMATS, CacheLayout, MLACache, Placement
+from ..cache.layouts import FORMATS, CacheLayout, MLACache, Placement, resolve_format
 from ..models.rope_table import build_cos_sin_cache
 from ..ops.checks import Stored
 from ..ops.schemas import NATIVE_OP_NAMES
@@ -184,7 +184,7 @@ class Problem:
         if case.op == "write_indexer_cache_":
             self.k = self._values("k", (n, 128), (128 + _GAPS[case.strides], 1), dtype)
             shape = (blocks, lay.block_size, 132)
-            self.index_cache = self._pages("cache0", shape, torch.uint8, case.pages, run=True, mixed=True)
+            self.index_cache = self._pages("cache0", shape, torch.uint8, case.pages, run=4, mixed=True)
             return
         self.cache = self._cache(("cache", ""), lay, blocks, case.pages, case.scale, case.as_bytes)
         for i in range(1, case.layers):
@@ -342,7 +342,7 @@ class Problem:
     ) -> MLACache:
         """A poisoned cache; ``name``: what comes before and after the number of a tensor in its buffer's name."""
         dtype = torch.uint8 if as_bytes and FORMATS[lay.format].quantised else lay.dtype
-        run = lay.packed is not None and lay.packed.block_multiple is not None
+        run = lay.packed.block_multiple if lay.packed else None
         tensors = [
             self._pages(f"{i}".join(name), shape, dtype, pages, run, mixed=lay.packed is not None)
             for i, shape in enumerate(lay.shapes(blocks))
@@ -351,17 +351,19 @@ class Problem:
         return MLACache.wrap(tensors, lay, scale)
 
     def _pages(
-        self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, pages: bool, run: bool, mixed: bool
+        self, name: str, shape: tuple[int, int, int], dtype: torch.dtype, pages: bool, run: int | None, mixed: bool
     ) -> Tensor:
-        """A cache tensor; ``run`` where the rows of a block must follow one another, ``mixed`` where all lie at
-        multiples of 4.
+        """A cache tensor; ``run`` where the rows of a block must follow one another, and blocks lie a multiple of so
+        many bytes apart; ``mixed`` where all rows lie at multiples of 4.
         """
         blocks, entries, width = shape
+        multiple = run or 1
         if not pages:
-            return self._view(name, shape, (entries * width, width, 1), dtype, 0)
+            return self._view(name, shape, (-(-entries * width // multiple) * multiple, width, 1), dtype, 0)
         gap = (4 if mixed else 3) if self.case.strides == "unaligned" else 16
         row = width if run else width + gap
-        strides = (entries * row + (gap if run else 32), entries * row, row, 1)
+        block = -(-(entries * row + (gap if run else 32)) // multiple) * multiple
+        strides = (block, entries * row, row, 1)
         return self._view(name, (blocks, 1, entries, width), strides, dtype, 32)
 
     @property
@@ -479,7 +481,7 @@ def _unpacked() -> list[tuple[str, str]]:
 def _layout(dims: tuple[int, int, int], fmt: str, placement: Placement) -> CacheLayout:
     packed = FORMATS[fmt].packed
     latent, rope_dim = packed.dims if packed else dims[:2]
-    return CacheLayout(latent, rope_dim, dims[2], fmt, placement)
+    return CacheLayout(latent, rope_dim, dims[2], resolve_format(fmt), placement)
 
 
 def _picker(number: int) -> Callable[[Sequence[Any]], Any]:
@@ -550,7 +552,7 @@ def _long_rows() -> Iterator[Case]:
     for (i, (activation, fmt)), (j, rope), (k, strides) in itertools.product(
         enumerate(_unpacked()), enumerate(_ROPES[:2]), enumerate((_STRIDES[0], _STRIDES[3]))
     ):
-        layout = CacheLayout(1024, 1024, 4, fmt, get_args(Placement)[(i + j + k) % 2])
+        layout = CacheLayout(1024, 1024, 4, resolve_format(fmt), get_args(Placement)[(i + j + k) % 2])
         table = list(ACTIVATIONS)[(i + j) % 3]
         yield Case("rope_write_cache_", layout, activation, rope, strides, table=table, tokens=3, heads=2)
 
@@ -593,7 +595,7 @@ def _long_prologues() -> Iterator[Case]:
         norm, normalised = pick(_NORMS)
         yield Case(
             op="decode_prologue",
-            layout=CacheLayout(1024, 1024, 4, fmt, pick(get_args(Placement))),
+            layout=CacheLayout(1024, 1024, 4, resolve_format(fmt), pick(get_args(Placement))),
             activation=activation,
             rope=pick(_ROPES[:2]),
             strides=strides,
@@ -691,8 +693,8 @@ def _conversions() -> Iterator[Case]:
         ]
         yield Case(
             op="convert_cache_",
-            layout=CacheLayout(latent, rope_dim, dims[2], fmt, placements[0]),
-            to=CacheLayout(latent, rope_dim, pick((16, 64, 1, 3, 5)), to, placements[1]),
+            layout=CacheLayout(latent, rope_dim, dims[2], resolve_format(fmt), placements[0]),
+            to=CacheLayout(latent, rope_dim, pick((16, 64, 1, 3, 5)), resolve_format(to), placements[1]),
             strides=strides,
             index=pick((torch.int64, torch.int32)),
             tokens=pick((19, 1, 50, 7)),

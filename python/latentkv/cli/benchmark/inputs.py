@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import providers
-from ...cache.layouts import FORMATS, CacheLayout, MLACache, Placement
+from ...cache.layouts import FORMATS, CacheLayout, MLACache, Placement, resolve_format
 from ...models import Model
 from ...models.rope_table import build_cos_sin_cache
 from ...ops.checks import INDEX_DIM, INDEX_ROW_BYTES
@@ -330,7 +330,7 @@ class Conversion(Inputs):
 def conversion(variant: str, dims: tuple[int, int]) -> tuple[CacheLayout, CacheLayout, float]:
     """The layouts that a variant of ``convert_cache_`` reads and writes, and the scale of its result."""
     *sides, scale = CONVERSIONS[variant]
-    src, dst = (CacheLayout(*dims, size, format, placement) for format, size, placement in sides)
+    src, dst = (CacheLayout(*dims, size, resolve_format(format), placement) for format, size, placement in sides)
     return src, dst, scale
 
 

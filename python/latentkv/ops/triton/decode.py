@@ -269,8 +269,8 @@ def decode_launches(target: Target, x: Call, out: Tensor, lse: Tensor, tiles: Ti
 
 def most_tokens(x: Call) -> int:
     """Of a sequence, as far as the block table goes."""
-    columns: int = x.block_table.shape[1]
-    return min(columns * max(x.cache.block_size, 1), MAX_TOKENS)
+    columns, size = int(x.block_table.shape[1]), int(x.cache.block_size)
+    return min(columns * max(size, 1), MAX_TOKENS)
 
 
 def splits_for(x: Call, tiles: Tiles, multiprocessors: int) -> int:
