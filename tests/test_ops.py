@@ -14,7 +14,7 @@ import latentkv
 import pytest
 import torch
 from conftest import Python
-from latentkv import CacheLayout, MLACache, providers
+from latentkv import CacheLayout, MLACache, build_cos_sin_cache, providers
 from latentkv.cache.layouts import FORMATS
 from latentkv.compat import vllm
 from latentkv.ops.schemas import NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
@@ -606,3 +606,27 @@ def test_vllm_rotary_of_an_empty_batch(device: str) -> None:
     empty = torch.zeros(0, 256, dtype=torch.bfloat16, device=device)
     table = torch.ones(4, 64, device=device)
     vllm.rotary_embedding(torch.zeros(0, dtype=torch.int64, device=device), empty, None, 64, table, False)
+
+
+def test_a_copy_that_inductor_drops_is_refused() -> None:
+    """pytorch#198031: op(x.clone(), x) is compiled to op(x, x). What may share memory is checked when it runs."""
+    table = build_cos_sin_cache(qk_rope_head_dim=8, rope_theta=1e4, max_position_embeddings=64)
+    positions, slots, values = torch.arange(3) + 1, torch.arange(3), torch.randn(3, 8)
+
+    def update(x: Tensor, data: Tensor, clones: bool) -> None:
+        key = x * 2
+        latent = key.clone() if clones else key * 1
+        rows = (slots, data, None, None, "fp32", False, False, 8, 8)
+        torch.ops.latentkv.rope_write_cache_(positions, x[:, None] * 3, key, latent, table, *rows)
+
+    with torch.no_grad():
+        caches = [torch.zeros(1, 4, 16) for _ in range(3)]
+        update(values, caches[0], True)
+        torch.compile(update)(values, caches[1], False)
+        assert torch.equal(caches[0], caches[1])
+        try:  # a torch without the fault computes what is written
+            torch.compile(update)(values, caches[2], True)
+        except RuntimeError as error:
+            assert "shares no bytes" in str(error) and not caches[2].any()
+        else:
+            assert torch.equal(caches[0], caches[2])
