@@ -60,9 +60,9 @@ def name_of(op: Any) -> str:
 
 def letters(op: Any) -> list[str]:
     """The letters of an op's shapes, each once."""
-    words = [a.size for a in op.arguments] + [w for a in op.arguments for w in re.split(r"[ |+]|<=", a.shape)]
-    names = [w for w in words if w and not w.isdigit() and "=" not in w and w != "indexer"]
-    return list(dict.fromkeys(names + (["G"] if any(a.kind == "tensors" for a in op.arguments) else [])))
+    names = [a.size for a in op.arguments if a.size]
+    names += [letter for a in op.arguments if a.shape != "indexer" for s in a.shapes for d in s for letter in d.letters]
+    return list(dict.fromkeys(names + ["G"] * any(a.kind == "tensors" for a in op.arguments)))
 
 
 def fields(op: Any) -> Iterator[str]:
@@ -78,24 +78,18 @@ def fields(op: Any) -> Iterator[str]:
     yield f"Letter {', '.join(letters(op))}"
 
 
-def dim(word: str) -> str:
+def dim(d: Any) -> str:
     """One dimension of a shape as the checks take it."""
-    if "<=" in word:
-        letter, bound = word.split("<=")
-        return f'{{.text = "{letter}", .letter = &x.{letter}, .bound = &x.{bound}, .bound_text = "{bound}"}}'
-    if "=" in word:
-        text, number = word.split("=")
-        return f'{{.text = "{text}", .plus = {number}}}'
-    first, _, second = word.partition("+")
-    if not second:
-        return f'{{.text = "{first}", .letter = &x.{first}}}'
-    more = f".plus = {second}" if second.isdigit() else f".other = &x.{second}"
-    return f'{{.text = "{first} + {second}", .letter = &x.{first}, {more}}}'
+    parts = [f'.text = "{d.text}"']
+    parts += [f".{field} = &x.{letter}" for field, letter in zip(("letter", "other"), d.letters, strict=False)]
+    parts += [f".plus = {d.plus}"] if d.plus else []
+    parts += [f'.bound = &x.{d.bound}, .bound_text = "{d.bound}"'] if d.bound else []
+    return "{" + ", ".join(parts) + "}"
 
 
-def shapes(text: str) -> str:
+def shapes(alternatives: Any) -> str:
     """The alternatives of a shape."""
-    return ", ".join("{" + ", ".join(dim(word) for word in shape.split()) + "}" for shape in text.split("|"))
+    return ", ".join("{" + ", ".join(map(dim, shape)) + "}" for shape in alternatives)
 
 
 def types(op: Any, a: Any) -> str:
@@ -120,12 +114,12 @@ def check_tensor(op: Any, a: Any) -> Iterator[str]:
             yield f'check.as_many("{a.name}", {a.name}.size(), x.G);'
         yield "for (int i = 0; i < x.G; ++i) {"
         if lead:
-            own = f'if (i == 0) check.tensor({{"{a.name}", i}}, {a.name}[i], {types(op, a)}, {{{shapes(a.shape)}}});'
+            own = f'if (i == 0) check.tensor({{"{a.name}", i}}, {a.name}[i], {types(op, a)}, {{{shapes(a.shapes)}}});'
             yield own
             like = f"{{{a.name}[0].scalar_type()}}"
-            yield f'else check.tensor({{"{a.name}", i}}, {a.name}[i], {like}, {{{shapes(a.shape)}}});'
+            yield f'else check.tensor({{"{a.name}", i}}, {a.name}[i], {like}, {{{shapes(a.shapes)}}});'
         else:
-            yield f'check.tensor({{"{a.name}", i}}, {a.name}[i], {types(op, a)}, {{{shapes(a.shape)}}});'
+            yield f'check.tensor({{"{a.name}", i}}, {a.name}[i], {types(op, a)}, {{{shapes(a.shapes)}}});'
         yield "}"
         return
     value = f"*{a.name}" if a.optional else a.name
@@ -134,10 +128,10 @@ def check_tensor(op: Any, a: Any) -> Iterator[str]:
         yield f'check.one("{a.name}", x.{a.name});'
     elif a.unless:
         given, otherwise = (f'check.tensor("{a.name}", {value}, {types(op, a)}, {{{shapes(s)}}}{mutated});'
-                            for s in (a.without, a.shape))  # fmt: skip
+                            for s in (a.shapes_without, a.shapes))  # fmt: skip
         yield f"if ({a.unless}) {given} else {otherwise}"
     else:
-        yield f'{condition}check.tensor("{a.name}", {value}, {types(op, a)}, {{{shapes(a.shape)}}}{mutated});'
+        yield f'{condition}check.tensor("{a.name}", {value}, {types(op, a)}, {{{shapes(a.shapes)}}}{mutated});'
 
 
 def body(op: Any) -> Iterator[str]:

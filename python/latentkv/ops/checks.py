@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..cache.geometry import Region, Span, overlaps, overlaps_itself
 from ..cache.layouts import FORMATS, Format, Packed
-from .description import OPS, Argument, Op
+from .description import OPS, Argument, Dim, Op
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 QUERY_FORMATS = {f.dtype: f for f in FORMATS.values() if f.quantised}
@@ -219,64 +218,58 @@ class _Check:
     def tensor(self, a: Argument, name: str, t: Tensor) -> None:
         self.on_device(name, t)
         self.dtype(name, t, self.dtypes_of(a, name))
-        if a.shape:
-            given = a.unless and self.values[a.unless] is not None
-            self.shape(name, t, (a.without if given else a.shape).split("|"))
+        if a.shapes:
+            self.shape(name, t, a.shapes_without if a.unless and self.values[a.unless] is not None else a.shapes)
+            self.unit_stride(name, t)
         elif t.numel() != 1:
             self.fail(name, "one element", f"shape {list(t.shape)}")
-        if a.shape:
-            self.unit_stride(name, t)
         if a.mutated:
             self.no_overlap(name, t)
         self.region(name, t, a.mutated)
 
     def dtypes_of(self, a: Argument, name: str) -> tuple[torch.dtype, ...]:
-        """What the description allows, each once."""
-        found: list[torch.dtype] = []
+        """What the description allows."""
         if a.name == self.op.lead and name.endswith("]") and not name.endswith("[0]"):
             return (self.values[a.name][0].dtype,)
+        found: tuple[torch.dtype, ...] = ()
         for word in a.dtypes.split("|"):
             like = None if word in _DTYPES else self.values[word]
-            found += _DTYPES[word] if like is None else [(like[0] if isinstance(like, list | tuple) else like).dtype]
-        return tuple(dict.fromkeys(found))
+            found += _DTYPES[word] if like is None else ((like[0] if isinstance(like, list | tuple) else like).dtype,)
+        return found
 
-    def shape(self, name: str, t: Tensor, alternatives: Sequence[str]) -> None:
-        """Holds a tensor's sizes against ``N H L+R``, and learns the letters that are new."""
-        shape = next((s.split() for s in alternatives if len(s.split()) == t.dim()), alternatives[0].split())
-        texts, fits = [], len(shape) == t.dim()
-        for i, word in enumerate(shape):
-            letters = re.split(r"\+|<=|=", word)
-            known = self.known(word)
-            texts.append(" + ".join(letters) if "+" in word else letters[0])
-            if known is not None and "<=" not in word:
-                texts[-1] += "" if word.isdigit() else f"={known}"
-                fits = fits and t.shape[i] == known
-        if not fits:
-            self.fail(name, f"shape [{', '.join(texts)}]", list(t.shape))
-        for word, size in zip(shape, t.shape, strict=True):
-            if word == "R" and size % 2 and name != "cos_sin_cache":
+    def shape(self, name: str, t: Tensor, alternatives: Sequence[Sequence[Dim]]) -> None:
+        """Holds a tensor's sizes against a shape, and learns the letters that are new."""
+        sizes = t.shape
+        dims = next((d for d in alternatives if len(d) == len(sizes)), alternatives[0])
+        known = [None if dim.bound else self.known(dim) for dim in dims]
+        if len(dims) != len(sizes) or any(k not in (None, n) for k, n in zip(known, sizes, strict=True)):
+            texts = [
+                d.text if k is None or d.text.isdigit() else f"{d.text}={k}" for d, k in zip(dims, known, strict=True)
+            ]
+            self.fail(name, f"shape [{', '.join(texts)}]", list(sizes))
+        for dim, value, size in zip(dims, known, sizes, strict=True):
+            if dim.text == "R" and size % 2 and name != "cos_sin_cache":
                 self.fail(name, "an even rope dimension R", size)
             if size >= _LIMIT:
-                self.fail(name, "fewer than 2^31 elements along a dimension", list(t.shape))
-            if "<=" in word:
-                letter, bound = word.split("<=")
-                if size > self.sizes[bound]:
-                    self.fail(name, f"at most {bound}={self.sizes[bound]} entries", size)
-                self.bind(letter, size, name)
-            elif "+" in word and self.known(word) is None:
-                first, second = word.split("+")
-                if size < self.sizes[first]:
+                self.fail(name, "fewer than 2^31 elements along a dimension", list(sizes))
+            if dim.bound and size > self.sizes[dim.bound]:
+                self.fail(name, f"at most {dim.bound}={self.sizes[dim.bound]} entries", size)
+            if value is None:
+                *given, letter = dim.letters
+                rest = size - sum(self.sizes[other] for other in given)
+                if rest < 0:
+                    first = given[0]
                     self.fail(self.blame[first], f"a number in 1 .. {size}, the width of {name}", self.sizes[first])
-                self.bind(second, size - self.sizes[first], name)
-            elif self.known(word) is None:
-                self.bind(word, size, name)
+                self.bind(letter, rest, name)
 
-    def known(self, word: str) -> int | None:
-        """The value of a number, a letter or a sum of both; None where a letter has none yet."""
-        if "=" in word and "<=" not in word:
-            return int(word.partition("=")[2])
-        values = [int(x) if x.isdigit() else self.sizes.get(x) for x in re.split(r"\+|<=", word)]
-        return None if None in values else sum(v for v in values if v is not None)
+    def known(self, dim: Dim) -> int | None:
+        """The value of a dimension; None where a letter has none yet."""
+        total = dim.plus
+        for letter in dim.letters:
+            if letter not in self.sizes:
+                return None
+            total += self.sizes[letter]
+        return total
 
     def bind(self, letter: str, size: int, name: str) -> None:
         self.sizes.setdefault(letter, size)
@@ -290,7 +283,8 @@ class _Check:
 
     def dtype(self, argument: str, t: Tensor, types: Sequence[torch.dtype], purpose: str = "") -> None:
         if t.dtype not in types:
-            self.fail(argument, f"dtype {' or '.join(map(name_of, types))} {purpose}".rstrip(), name_of(t.dtype))
+            names = " or ".join(map(name_of, dict.fromkeys(types)))
+            self.fail(argument, f"dtype {names} {purpose}".rstrip(), name_of(t.dtype))
 
     def unit_stride(self, argument: str, t: Tensor) -> None:
         if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:

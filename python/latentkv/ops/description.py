@@ -11,11 +11,39 @@ and ``rope_dim`` are given, these do. ``L+R`` is a sum, ``T<=N`` a size of its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["tensor", "tensors", "cache", "caches", "bool", "int", "float", "layer"]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a shape: the sum of letters and a number; ``bound`` is the letter that it may not exceed."""
+
+    text: str
+    letters: tuple[str, ...]
+    plus: int = 0
+    bound: str = ""
+
+    @classmethod
+    def of(cls, word: str) -> Dim:
+        """That of a word: ``N``, ``L+R``, ``S+1``, ``T<=N``, ``D=128`` or ``1``."""
+        if "<=" in word:
+            letter, _, bound = word.partition("<=")
+            return cls(letter, (letter,), bound=bound)
+        if "=" in word:
+            text, _, number = word.partition("=")
+            return cls(text, (), int(number))
+        parts = word.split("+")
+        return cls(
+            " + ".join(parts), tuple(p for p in parts if not p.isdigit()), sum(int(p) for p in parts if p.isdigit())
+        )
+
+
+def _shapes(text: str) -> tuple[tuple[Dim, ...], ...]:
+    return tuple(tuple(map(Dim.of, shape.split())) for shape in text.split("|")) if text else ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,16 @@ class Argument:
     least: int = 0
     aliases: str = ""
 
+    @cached_property
+    def shapes(self) -> tuple[tuple[Dim, ...], ...]:
+        """The alternatives of the shape; none of a single element."""
+        return _shapes(self.shape)
+
+    @cached_property
+    def shapes_without(self) -> tuple[tuple[Dim, ...], ...]:
+        """Those of ``without``."""
+        return _shapes(self.without)
+
     @property
     def prefix(self) -> str:
         """Of a cache: what its arguments' names begin with where there are two caches."""
@@ -79,12 +117,12 @@ class Op:
     def __getitem__(self, name: str) -> Argument:
         return next(a for a in self.arguments if a.name == name)
 
-    @property
-    def in_check_order(self) -> Iterator[Argument]:
+    @cached_property
+    def in_check_order(self) -> tuple[Argument, ...]:
         """Sizes that are given, the lead, what must be there, what may be None; each as they stand."""
-        return iter(sorted(self.arguments, key=lambda a: (not a.size, a.name != self.lead, a.optional)))
+        return tuple(sorted(self.arguments, key=lambda a: (not a.size, a.name != self.lead, a.optional)))
 
-    @property
+    @cached_property
     def plain(self) -> tuple[PlainArgument, ...]:
         """The arguments as the torch schema has them: a cache taken apart, optional sizes last."""
         flat = [p for a in self.arguments for p in _plain(a)]
