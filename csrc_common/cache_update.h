@@ -11,8 +11,9 @@
 
 namespace latentkv {
 
-// A: activation dtype. n: elements of a chunk, 16 bytes of them or 1. angle_bytes: of a table entry. copies: whether
-// all is stored as it is, which asks for less code.
+// A: activation dtype. n: elements of a chunk, 16 bytes of them or 1. angle_bytes: of a table entry, or 0 where kernels
+// for either width would not be worth their compile time. copies: whether all is stored as it is, which asks for less
+// code.
 //
 // A small batch is all latency, so whatever can be asked for goes out at once: slot, position, scale and activations.
 // What the angles need is at hand when the position arrives; a row that turns out dead has only been read.
@@ -381,16 +382,23 @@ void launch_update(const Update& x) {
   constexpr int parts = is_prologue ? 4 : 3;
   Grid<parts> grid;
   std::copy_n(x.grid.part, parts, grid.part);
+  PrologueParams params = x.params;
+  params.table.is_wide = x.wide_angles;
   dispatch(x.activation, x.aligned, [&]<class A, int n>() {
     const auto with = [&]<int angle_bytes, bool copies>() {
-      launch(CacheUpdate<A, n, angle_bytes, copies, is_prologue>{{x.params}}, grid, x.device);
+      launch(CacheUpdate<A, n, angle_bytes, copies, is_prologue>{{params}}, grid, x.device);
     };
-    if constexpr (n > 1) {
-      if (x.copies) {
-        return x.wide_angles ? with.template operator()<4, true>() : with.template operator()<2, true>();
+    const auto with_angles = [&]<int angle_bytes>() {
+      if constexpr (n > 1) {
+        if (x.copies) return with.template operator()<angle_bytes, true>();
       }
+      with.template operator()<angle_bytes, false>();
+    };
+    if constexpr (n == 1 || A::bytes == 4) {
+      with_angles.template operator()<0>();
+    } else {
+      x.wide_angles ? with_angles.template operator()<4>() : with_angles.template operator()<2>();
     }
-    x.wide_angles ? with.template operator()<4, false>() : with.template operator()<2, false>();
   });
 }
 

@@ -20,6 +20,18 @@ template <int bytes>
 LKV_DEVICE Bits<bytes> load(const void* p) {
   return *static_cast<const Bits<bytes>*>(p);
 }
+// Piece k of some bits.
+template <int bytes, int all>
+LKV_DEVICE Bits<bytes> piece_of(const Bits<all>& bits, int k) {
+  Bits<bytes> piece;
+  if constexpr (bytes < 4) {
+    piece.w[0] = static_cast<typename Bits<bytes>::Word>(bits.w[k * bytes / 4] >> (k * bytes % 4 * 8));
+  } else {
+    LKV_UNROLL
+    for (int i = 0; i < bytes / 4; ++i) piece.w[i] = bits.w[k * bytes / 4 + i];
+  }
+  return piece;
+}
 
 // Activation dtypes: their bits to fp32 and back, rounded to nearest even. `pack` and `low`, `high` take two at a time.
 struct Bf16 {

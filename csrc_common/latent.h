@@ -11,17 +11,6 @@ namespace latentkv {
 template <class A>
 using Eight = Chunk<A, 8>;
 
-template <int bytes, int all>
-LKV_DEVICE Bits<bytes> piece_of(const Bits<all>& bits, int k) {
-  Bits<bytes> piece;
-  if constexpr (bytes < 4) {
-    piece.w[0] = static_cast<typename Bits<bytes>::Word>(bits.w[k * bytes / 4] >> (k * bytes % 4 * 8));
-  } else {
-    LKV_UNROLL
-    for (int i = 0; i < bytes / 4; ++i) piece.w[i] = bits.w[k * bytes / 4 + i];
-  }
-  return piece;
-}
 template <class A, int n>
 LKV_DEVICE Eight<A> load_eight(const char* from, int i, int dim) {
   constexpr int bytes = n * A::bytes;

@@ -78,7 +78,7 @@ struct Table {
   // A lane takes n angles in two runs of n/2: from c >> angle_shift on, and angle_step further.
   int angle_shift = 0, angle_step = 0;
   bool is_neox = false, inverse = false;
-  bool is_bf16 = false;  // where its angles have 16 bits
+  bool is_wide = false, is_bf16 = false;  // fp32; which of the 16-bit types it is where it is not
   const char* data = nullptr;
   int64_t stride = 0, max_position = 0;
 };

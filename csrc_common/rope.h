@@ -5,29 +5,32 @@
 
 namespace latentkv {
 
-// cos and sin of a lane's n pairs, from a table of `bytes` per angle. GPT-J takes n/2 pairs from either chunk of a
-// lane, so its angles lie in two runs; NeoX's happen to meet. `load` only loads, so that more can be done before
-// `convert` waits.
+// cos and sin of a lane's n pairs, from a table of `bytes` per angle; 0: of as many as the table says. GPT-J takes n/2
+// pairs from either chunk of a lane, so its angles lie in two runs; NeoX's happen to meet. `load` only loads, so that
+// more can be done before `convert` waits.
 template <int n, int bytes>
 struct Angles {
   static constexpr int run = n == 1 ? 1 : n / 2, runs = n / run;
   float cos[n], sin[n];
 
   LKV_DEVICE void load(const Table& t, int64_t position, int c) {
-    const char* const row = t.data + position * t.stride + (c >> t.angle_shift) * bytes;
-    LKV_UNROLL
-    for (int i = 0; i < runs; ++i) {
-      raw_[i] = latentkv::load<bytes * run>(row + i * t.angle_step * bytes);
-      raw_[runs + i] = latentkv::load<bytes * run>(row + (i * t.angle_step + t.half_dim) * bytes);
+    if constexpr (bytes > 0) {
+      load<bytes>(t, position, c);
+    } else if (t.is_wide) {
+      load<4>(t, position, c);
+    } else {
+      load<2>(t, position, c);
     }
   }
   LKV_DEVICE void convert(const Table& t) {
     if constexpr (bytes == 4) {
       convert<Fp32>();
-    } else if (t.is_bf16) {
-      convert<Bf16>();
+    } else if constexpr (bytes == 2) {
+      convert_short(t);
+    } else if (t.is_wide) {
+      convert<Fp32>();
     } else {
-      convert<Fp16>();
+      convert_short(t);
     }
     if (t.inverse) {
       LKV_UNROLL
@@ -36,14 +39,39 @@ struct Angles {
   }
 
  private:
-  Bits<bytes * run> raw_[2 * runs];
+  Bits<(bytes ? bytes : 4) * run> raw_[2 * runs];
 
+  template <int width>
+  LKV_DEVICE void load(const Table& t, int64_t position, int c) {
+    const char* const row = t.data + position * t.stride + (c >> t.angle_shift) * width;
+    LKV_UNROLL
+    for (int i = 0; i < runs; ++i) {
+      keep(raw_[i], latentkv::load<width * run>(row + i * t.angle_step * width));
+      keep(raw_[runs + i], latentkv::load<width * run>(row + (i * t.angle_step + t.half_dim) * width));
+    }
+  }
+  template <int width>
+  LKV_DEVICE static void keep(Bits<(bytes ? bytes : 4) * run>& raw, const Bits<width>& angles) {
+    if constexpr (sizeof raw == width) {
+      raw = angles;
+    } else {
+      static_assert(width <= 4);
+      raw.w[0] = angles.w[0];
+    }
+  }
+  LKV_DEVICE void convert_short(const Table& t) {
+    if (t.is_bf16) {
+      convert<Bf16>();
+    } else {
+      convert<Fp16>();
+    }
+  }
   template <class T>
   LKV_DEVICE void convert() {
     LKV_UNROLL
     for (int i = 0; i < runs; ++i) {
-      to_floats<T, run>(raw_[i], cos + i * run);
-      to_floats<T, run>(raw_[runs + i], sin + i * run);
+      to_floats<T, run>(piece_of<T::bytes * run>(raw_[i], 0), cos + i * run);
+      to_floats<T, run>(piece_of<T::bytes * run>(raw_[runs + i], 0), sin + i * run);
     }
   }
 };

@@ -86,7 +86,7 @@ class Variant(Code):
         activation: a key of ACTIVATIONS. Of convert, fp32 or what is smaller, which stands here as bf16.
         n: elements of a chunk: 16 bytes of them (the vector path), or 1. Of copy, bytes: 16, 4 or 1. Of convert, the
             eight that lie together, or 1.
-        angle_bytes: of an entry of the cos/sin table; 0 where nothing is rotated.
+        angle_bytes: of an entry of the cos/sin table; 0 where nothing is rotated, or where either width will do.
         copies: whether it only stores things as they are. Others hold the encoders of all codes.
     """
 

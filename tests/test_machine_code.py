@@ -51,8 +51,8 @@ def test_the_library_holds_what_it_should(arch: str) -> None:
     for a in ACTIVATIONS:
         for n in (1, 16 // ACTIVATIONS[a].itemsize):
             wanted.append(("grouped", a, n, 0, False))
-            for angle in (2, 4):
-                wanted.append(("indexer", a, n, angle, False))
+            wanted += [("indexer", a, n, angle, False) for angle in (2, 4)]
+            for angle in (2, 4) if n == 8 else (0,):
                 wanted += [(f, a, n, angle, c) for f in ("update", "prologue") for c in {False, n > 1}]
     wanted += [("copy", "bf16", n, 0, True) for n in (16, 4, 1)]
     wanted += [("convert", a, n, 0, False) for n in (8, 1) for a in ("bf16", "fp32")]
@@ -144,8 +144,8 @@ def loads(v: Variant) -> list[str]:
     # Every part asks for low and high words of slot and position, and where it quantises for a scale.
     parts = {"update": 3, "prologue": 4, "grouped": 2, "indexer": 1}[v.family]
     limits = Counter({16: chunks, 4: parts * (4 if v.copies else 5)})
-    if v.angle_bytes:  # two runs of cosines and two of sines
-        limits[v.n // 2 * v.angle_bytes] += 4 if v.family == "indexer" else 8
+    for angle_bytes in (v.angle_bytes,) if v.angle_bytes else (2, 4) * (v.family != "grouped"):
+        limits[v.n // 2 * angle_bytes] += 4 if v.family == "indexer" else 8  # two runs of cosines and two of sines
     if v.family == "grouped":  # what a layer has of its own, which a lane looks up for its token
         limits += Counter({1: 3, 8: 6, 12: 2, 16: 5})
     if not chunks <= found[16] <= limits[16] or found.keys() != limits.keys() or not found <= limits:
