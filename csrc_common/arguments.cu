@@ -159,8 +159,7 @@ void Checker::tensor(const Name& name, const Tensor& t, Types types, std::initia
     } else if (dim.other && !dim.known()) {
       if (size < dim.letter->value) {
         latentkv::fail(op_, dim.letter->from,
-                       "a number in 1 .. " + std::to_string(size) + ", the width of " + name.str(),
-                       dim.letter->value);
+                       "a number in 1 .. " + std::to_string(size) + ", the width of " + name.str(), dim.letter->value);
       }
       dim.other->bind(size - dim.letter->value, name);
     } else if (dim.letter && !dim.other) {
@@ -239,8 +238,8 @@ Cache Checker::cache(const CacheNames& names, const Tensor& data, const Tensor* 
   if (rope_data) regions_.push_back({rope_name, Span(*rope_data, rope_dim), mutated, rope_data});
   one(scale_name, scale);
   const bool scaled = !f.tile && f.code != Code::verbatim;
-  return {&data,      rope_data,   scaled ? scale : nullptr,    known,     latent_dim, rope_dim,
-          data.size(0), data.size(data.dim() - 2), scale_name};
+  return {&data,    rope_data,    scaled ? scale : nullptr,  known,     latent_dim,
+          rope_dim, data.size(0), data.size(data.dim() - 2), scale_name};
 }
 
 Cache Checker::indexer(const char* name, const Tensor& data, const Tensor* table) {

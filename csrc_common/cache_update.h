@@ -382,11 +382,9 @@ void launch_update(const Update& x) {
   constexpr int parts = is_prologue ? 4 : 3;
   Grid<parts> grid;
   std::copy_n(x.grid.part, parts, grid.part);
-  PrologueParams params = x.params;
-  params.table.is_wide = x.wide_angles;
   dispatch(x.activation, x.aligned, [&]<class A, int n>() {
     const auto with = [&]<int angle_bytes, bool copies>() {
-      launch(CacheUpdate<A, n, angle_bytes, copies, is_prologue>{{params}}, grid, x.device);
+      launch(CacheUpdate<A, n, angle_bytes, copies, is_prologue>{{x.params}}, grid, x.device);
     };
     const auto with_angles = [&]<int angle_bytes>() {
       if constexpr (n > 1) {
@@ -397,7 +395,7 @@ void launch_update(const Update& x) {
     if constexpr (n == 1 || A::bytes == 4) {
       with_angles.template operator()<0>();
     } else {
-      x.wide_angles ? with_angles.template operator()<4>() : with_angles.template operator()<2>();
+      x.params.table.is_wide ? with_angles.template operator()<4>() : with_angles.template operator()<2>();
     }
   });
 }

@@ -20,7 +20,7 @@ void check_gather(const char* op, const Move& move, int64_t columns, int device)
   if (!rises) fail(op, "cu_seq_lens", "rising numbers from 0 on", "[" + text + "]");
   if (begins[count] > int64_t{move.rows}) {
     fail(op, "out", "at least " + std::to_string(begins[count]) + " rows, as cu_seq_lens ends there",
-              int64_t{move.rows});
+         int64_t{move.rows});
   }
   const BlockTable& table = move.from.table;
   const int64_t row = table.stride / table.numbers.bytes, room = columns * size;
@@ -36,16 +36,16 @@ void check_gather(const char* op, const Move& move, int64_t columns, int device)
     if (start >= 0 && start <= room - tokens) return;
     const int64_t token = start < 0 ? start : std::max<int64_t>(start, room);
     fail(op, "block_table",
-              "blocks for token " + std::to_string(token) + " of sequence " + std::to_string(s) + ", " +
-                  std::to_string(size) + " tokens each",
-              std::to_string(columns) + " blocks");
+         "blocks for token " + std::to_string(token) + " of sequence " + std::to_string(s) + ", " +
+             std::to_string(size) + " tokens each",
+         std::to_string(columns) + " blocks");
   });
   each([&](int64_t s, int64_t start, int64_t tokens) {
     for (int64_t column = start / size; column <= (start + tokens - 1) / size; ++column) {
       const int64_t number = numbers[s * row + column];
       if (number < 0 || number >= int64_t{table.blocks}) {
         fail(op, "block_table", "block numbers in 0 .. " + std::to_string(int64_t{table.blocks} - 1),
-                  std::to_string(number) + " at [" + std::to_string(s) + ", " + std::to_string(column) + "]");
+             std::to_string(number) + " at [" + std::to_string(s) + ", " + std::to_string(column) + "]");
       }
     }
   });

@@ -1,5 +1,5 @@
-// Where tensors lie in memory: do two of them share bytes, does one overlap itself? Strides so irregular that nothing can
-// be told count as an overlap. python/latentkv/cache/geometry.py is its twin.
+// Where tensors lie in memory: do two of them share bytes, does one overlap itself? Strides so irregular that nothing
+// can be told count as an overlap. python/latentkv/cache/geometry.py is its twin.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +13,8 @@ namespace latentkv {
 
 using torch::stable::Tensor;
 
-// The bytes of a tensor, or of the first `width` elements of its last dimension. No tensor here has over four dimensions.
+// The bytes of a tensor, or of the first `width` elements of its last dimension. No tensor here has over four
+// dimensions.
 struct Span {
   struct Dim {
     int64_t stride, size;

@@ -59,10 +59,7 @@ void check_scale(const char* op, const Name& name, const Tensor* scale, int devi
 }
 
 Update::Update(const char* op, int device, const Tensor& lead, int64_t tokens)
-    : op(op),
-      device(device),
-      activation(lead.scalar_type()),
-      chunk(16 / static_cast<int64_t>(lead.element_size())) {
+    : op(op), device(device), activation(lead.scalar_type()), chunk(16 / static_cast<int64_t>(lead.element_size())) {
   params.tokens = static_cast<uint32_t>(tokens);
 }
 
@@ -79,11 +76,11 @@ void Update::bind_rotation(const Rotation& rotation, int64_t rope_dim, bool rope
   aligned = aligned && rope_dim % (2 * chunk) == 0;
   if (!rotation.table) return;
   const int64_t bytes = static_cast<int64_t>(rotation.table->element_size());
-  wide_angles = bytes == 4;
   params.rotates = true;
   params.positions = indices(*rotation.positions);
   table.data = static_cast<const char*>(rotation.table->data_ptr());
   table.stride = rotation.table->stride(0) * bytes, table.max_position = rotation.table->size(0);
+  table.is_wide = bytes == 4;
   table.is_bf16 = rotation.table->scalar_type() == ScalarType::BFloat16;
   table.angle_step = static_cast<int>(rotation.is_neox ? chunk / 2 : rope_dim / 4);
   align(table.data, chunk / 2 * bytes, {table.stride});
@@ -162,13 +159,14 @@ void Update::finish(int64_t query_tokens) {
   p.table.angle_shift = aligned && !p.table.is_neox ? 1 : 0;
   check_values();
   copies = aligned && p.rows.code == Code::verbatim && p.query_code == Code::verbatim;
-  const int64_t chunk_used = aligned ? chunk : 1, latent_dim = p.latent_dim, rope_chunks = p.table.half_dim / chunk_used;
+  const int64_t chunk_used = aligned ? chunk : 1, latent_dim = p.latent_dim,
+                rope_chunks = p.table.half_dim / chunk_used;
   if (p.kv_c) {
     const uint32_t log2 = log2_lanes((latent_dim + 7) / 8);
     const int64_t eights = (latent_dim + 7) / 8, lanes = int64_t{1} << log2;
     // So few rows leave lanes idle on any GPU. Both halves read all of a row, so it must not change meanwhile.
-    p.halves = !copies && kHalvesLatent && eights > lanes && eights <= 2 * lanes && p.tokens <= 512 &&
-               p.kv_c_out != p.kv_c;
+    p.halves =
+        !copies && kHalvesLatent && eights > lanes && eights <= 2 * lanes && p.tokens <= 512 && p.kv_c_out != p.kv_c;
     grid.part[0] = {p.halves ? 2 * p.tokens : p.tokens, log2};
   }
   place(1, p.key, p.tokens, 1, rope_chunks);

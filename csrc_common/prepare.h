@@ -46,10 +46,9 @@ struct Update {
   PrologueParams params;
   Grid<4> grid;  // of a CacheUpdate; nothing in it where there is nothing to do
   ScalarType activation;
-  int64_t chunk;             // elements of 16 bytes
-  bool aligned = true;       // every chunk is one access of 16 bytes
-  bool wide_angles = false;  // the table is fp32
-  bool copies = false;       // what is stored is stored as it is, by whole chunks
+  int64_t chunk;        // elements of 16 bytes
+  bool aligned = true;  // every chunk is one access of 16 bytes
+  bool copies = false;  // what is stored is stored as it is, by whole chunks
 
   // For tokens with activations of the dtype of `lead`.
   Update(const char* op, int device, const Tensor& lead, int64_t tokens);

@@ -88,7 +88,7 @@ void run(const WriteIndexerCache& x) {
   const IndexerParams params{update.params, x.power_of_two_scale};
   dispatch(update.activation, update.aligned, [&]<class A, int n>() {
     const Grid<1> grid{{{update.params.tokens, log2_lanes(kIndexerDim / 2 / n)}}};
-    if (update.wide_angles) return launch(IndexerWrite<A, n, 4>{params}, grid, x.device);
+    if (params.shared.table.is_wide) return launch(IndexerWrite<A, n, 4>{params}, grid, x.device);
     return launch(IndexerWrite<A, n, 2>{params}, grid, x.device);
   });
 }

@@ -242,7 +242,7 @@ def test_bad_shape_of_the_key(op: str, device: str) -> None:
                 OPS[op](p)
     p = problem(device)
     p.k_pe = p.k_pe[:4]
-    with step({NAME: p.cache}, p.slots), pytest.raises(RuntimeError, match=r"latentkv\..*write_cache_: "):
+    with step({NAME: p.cache}, p.slots), pytest.raises(RuntimeError, match=rf"latentkv\.{op}: k_pe: "):
         OPS[op](p)
 
 

@@ -61,7 +61,8 @@ GPU = Hopper()
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Hopper:
     """The kernels take a CPU's tensors for those of a Hopper GPU."""
-    from latentkv.ops.triton import decode, launch
+    from latentkv.ops import triton as triton_ops
+    from latentkv.ops.triton import launch
     from triton.runtime import driver
 
     GPU.loaded.clear()
@@ -70,7 +71,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Hopper:
     target = launch.Target(converts=True, pdl=True)
     monkeypatch.setattr(launch.Target, "of", classmethod(lambda cls, device: target))
     monkeypatch.setattr(torch.cuda, "device_of", lambda t: contextlib.nullcontext())
-    monkeypatch.setattr(decode, "_device", lambda device: (132, SHARED_BYTES))
+    monkeypatch.setattr(triton_ops, "device_limits", lambda device: (132, SHARED_BYTES))
     return GPU
 
 
