@@ -148,7 +148,7 @@ def body(op: Any) -> Iterator[str]:
               for p in tensors if not p.type.endswith("[]"))  # fmt: skip
     yield f"check.no_gradients({{{', '.join(single)}}});"
     for p in tensors:
-        if p.type.endswith("[]") and "?" not in p.type:
+        if p.type.endswith("[]"):
             yield f'check.no_gradients("{p.name}", {p.name});'
     for a in op.arguments:
         if a.kind == "tensor" and a.shape != "indexer":

@@ -99,6 +99,12 @@ void Checker::no_gradients(const char* name, const std::vector<Tensor>& tensors)
   if (tensors.empty() || !aoti_torch_grad_mode_is_enabled()) return;
   if (const int64_t i = which_requires_grad(tensors); i >= 0) refuse_gradient(op_, {name, static_cast<int>(i)});
 }
+void Checker::no_gradients(const char* name, const std::vector<OptionalTensor>& tensors) const {
+  if (!aoti_torch_grad_mode_is_enabled()) return;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i] && which_requires_grad({*tensors[i]}) >= 0) refuse_gradient(op_, {name, static_cast<int>(i)});
+  }
+}
 
 // An op of torch that writes, and that has nothing to do: it moves the version counter, which the stable ABI cannot.
 void written(const Tensor& t) {

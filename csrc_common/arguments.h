@@ -105,6 +105,7 @@ class Checker {
   // Autograd would lose the gradients that an argument asks for, or get them wrong.
   void no_gradients(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) const;
   void no_gradients(const char* name, const std::vector<Tensor>& tensors) const;
+  void no_gradients(const char* name, const std::vector<OptionalTensor>& tensors) const;
 
   void size(const char* name, std::optional<int64_t> value, int64_t least, Letter& letter) const;
   // Device, dtype, shape (the alternative with as many dimensions), a contiguous last dimension.

@@ -27,38 +27,53 @@ struct Span {
   explicit Span(const Tensor& t, int64_t width = -1) : item(static_cast<int64_t>(t.element_size())) {
     const auto sizes = t.sizes(), strides = t.strides();
     const int64_t last = t.dim() - 1;
-    int64_t extent = item;
     for (int64_t i = 0; i <= last; ++i) {
       const int64_t size = i == last && width >= 0 ? width : sizes[i];
       if (size == 0) return;
       if (size == 1) continue;
       dims[count++] = {strides[i] * item, size};
-      extent += strides[i] * item * (size - 1);
     }
     begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data_ptr()));
-    end = begin + extent;
+    end = begin + extent();
   }
-  // What it takes of every `period` bytes, counted from `begin`.
-  int64_t within(int64_t period) const {
+  int64_t extent() const {
     int64_t bytes = item;
-    for (int i = 0; i < count; ++i) bytes += dims[i].stride % period ? dims[i].stride * (dims[i].size - 1) : 0;
+    for (int i = 0; i < count; ++i) bytes += dims[i].stride * (dims[i].size - 1);
     return bytes;
+  }
+  // Without the dimensions that repeat with a period.
+  Span within(int64_t period) const {
+    Span rest = *this;
+    const auto repeats = [&](const Dim& dim) { return dim.stride % period == 0; };
+    rest.count = static_cast<int>(std::remove_if(rest.dims.begin(), rest.dims.begin() + count, repeats) -
+                                  rest.dims.begin());
+    return rest;
   }
 };
 
-// Apart are tensors whose address ranges are, and those that lie side by side in every period of some stride: slices of
-// one projection, views of one buffer that interleave by entry or by block.
-inline bool share_bytes(const Span& a, const Span& b) {
-  if (a.end <= b.begin || b.end <= a.begin) return false;
+// Whether two tensors may share a byte, the second of which begins `distance` after the first. Apart are those whose
+// address ranges are, and those whose parts in one period of some stride are: slices of one projection, views of one
+// buffer that interleave by entry or by block.
+inline bool share_bytes(const Span& a, const Span& b, int64_t distance) {
+  if (distance >= a.extent() || distance + b.extent() <= 0) return false;
   for (const Span* span : {&a, &b}) {
     for (int i = 0; i < span->count; ++i) {
       const int64_t period = span->dims[i].stride;
       if (period <= 0) continue;
-      const int64_t phase = ((b.begin - a.begin) % period + period) % period;
-      if (a.within(period) <= phase && phase + b.within(period) <= period) return false;
+      // What repeats with the period drops out, if what is left of both lies in one.
+      const Span own = a.within(period), other = b.within(period);
+      const int64_t first = (distance % period + period) % period;
+      for (const int64_t phase : {first, first - period}) {
+        const int64_t end = std::max(own.extent(), phase + other.extent());
+        if (end - std::min<int64_t>(phase, 0) <= period && !share_bytes(own, other, phase)) return false;
+      }
     }
   }
   return true;
+}
+
+inline bool share_bytes(const Span& a, const Span& b) {
+  return a.begin < a.end && b.begin < b.end && share_bytes(a, b, b.begin - a.begin);
 }
 
 // By rising stride, each dimension must step over what lies within it.

@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Dims = tuple[tuple[int, int], ...]  # (stride in bytes, size)
+
 
 class Span(NamedTuple):
-    """The bytes of a tensor: the first, the one past the last, and its dimensions as (stride in bytes, size)."""
+    """The bytes of a tensor: the first, the one past the last, and its dimensions."""
 
     begin: int
     end: int
-    dims: tuple[tuple[int, int], ...]
+    dims: Dims
     item: int
 
     @classmethod
@@ -31,23 +33,31 @@ class Span(NamedTuple):
         dims = tuple((stride * item, size) for stride, size in zip(t.stride(), shape, strict=True) if size > 1)
         return cls(begin, begin + item + sum(stride * (size - 1) for stride, size in dims), dims, item)
 
-    def within(self, period: int) -> int:
-        """The bytes that it takes of every ``period``, counted from ``begin``."""
-        return self.item + sum(stride * (size - 1) for stride, size in self.dims if stride % period)
+
+def _extent(dims: Dims, item: int) -> int:
+    return item + sum(stride * (size - 1) for stride, size in dims)
 
 
 def share_bytes(a: Span, b: Span) -> bool:
     """Whether two tensors may share a byte.
 
-    Apart are those whose address ranges are, and those that lie side by side in every period of some stride: slices
-    of one projection, views of one buffer that interleave by entry or by block.
+    Apart are those whose address ranges are, and those whose parts in one period of some stride are: slices of one
+    projection, views of one buffer that interleave by entry or by block.
     """
-    if a.end <= b.begin or b.end <= a.begin:
+    return _meet(a.dims, a.item, b.dims, b.item, b.begin - a.begin)
+
+
+def _meet(a: Dims, item: int, b: Dims, other_item: int, distance: int) -> bool:
+    """Whether what begins at 0 and what begins at ``distance`` may share a byte."""
+    if distance >= _extent(a, item) or distance + _extent(b, other_item) <= 0:
         return False
-    for period in {stride for stride, _ in (*a.dims, *b.dims) if stride > 0}:
-        phase, own, other = (b.begin - a.begin) % period, a.within(period), b.within(period)
-        if own <= phase and phase + other <= period:
-            return False
+    for period in {stride for stride, _ in (*a, *b) if stride > 0}:
+        # What repeats with the period drops out, if what is left of both lies in one.
+        own, other = (tuple(dim for dim in dims if dim[0] % period) for dims in (a, b))
+        for phase in (distance % period, distance % period - period):
+            end = max(_extent(own, item), phase + _extent(other, other_item))
+            if end - min(phase, 0) <= period and not _meet(own, item, other, other_item, phase):
+                return False
     return True
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cache.layouts import FORMATS
 from ..cache.platform import Platform
-from ..ops.checks import fail
+from ..ops.checks import called_as, fail
 
 __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_embedding"]
 
@@ -63,11 +63,13 @@ def concat_and_cache_mla_rope_fused(
         ValueError: unknown kv_cache_dtype.
         RuntimeError: an argument's device, dtype, shape or strides are off.
     """
-    _check_widths("concat_and_cache_mla_rope_fused", kv_c, k_pe)
-    torch.ops.latentkv.rope_write_cache_(
-        positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, kv_cache, None, kv_cache_scale,
-        format_of(kv_cache_dtype, kv_c, kv_cache), is_neox,
-    )  # fmt: skip
+    op = "concat_and_cache_mla_rope_fused"
+    _check_widths(op, kv_c, k_pe)
+    format = format_of(kv_cache_dtype, kv_c, kv_cache)
+    with called_as(op, cache="kv_cache", scale="kv_cache_scale"):
+        torch.ops.latentkv.rope_write_cache_(
+            positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, kv_cache, None, kv_cache_scale, format, is_neox
+        )
 
 
 def concat_and_cache_mla(
@@ -83,9 +85,11 @@ def concat_and_cache_mla(
 
     ``skip_scale`` stores convert(x) instead of convert(x / scale).
     """
-    _check_widths("concat_and_cache_mla", kv_c, k_pe)
+    op = "concat_and_cache_mla"
+    _check_widths(op, kv_c, k_pe)
     format = format_of(kv_cache_dtype, kv_c, kv_cache)
-    torch.ops.latentkv.write_cache_(kv_c, k_pe, slot_mapping, kv_cache, None, None if skip_scale else scale, format)
+    with called_as(op, cache="kv_cache"):
+        torch.ops.latentkv.write_cache_(kv_c, k_pe, slot_mapping, kv_cache, None, None if skip_scale else scale, format)
 
 
 def rotary_embedding(
@@ -112,27 +116,17 @@ def rotary_embedding(
     Raises:
         RuntimeError: an argument's device, dtype, shape or strides are off.
     """
-    stop = rope_dim_offset + cos_sin_cache.shape[-1]
+    op, stop = "rotary_embedding", rope_dim_offset + cos_sin_cache.shape[-1]
     if not 0 <= rope_dim_offset <= stop <= head_size:
-        raise RuntimeError(
-            f"latentkv.rotary_embedding: head_size: expected at least rope_dim_offset + R = {stop}, got {head_size}"
-        )
+        fail(op, "head_size", f"at least rope_dim_offset + R = {stop}", head_size)
 
     def heads(name: str, x: Tensor) -> Tensor:
         if x.dim() == 2 and x.shape[1] % head_size == 0:
             x = x.view(x.shape[0], x.shape[1] // head_size, head_size)
         if x.dim() != 3 or x.shape[2] != head_size:
-            raise RuntimeError(
-                f"latentkv.rotary_embedding: {name}: expected shape [N, heads * {head_size}] or "
-                f"[N, heads, {head_size}], got {list(x.shape)}"
-            )
+            fail(op, name, f"shape [N, heads * {head_size}] or [N, heads, {head_size}]", list(x.shape))
         return x[..., rope_dim_offset:stop]
 
-    torch.ops.latentkv.rope_(
-        positions,
-        heads("query", query),
-        None if key is None else heads("key", key),
-        cos_sin_cache,
-        is_neox,
-        inverse,
-    )
+    q, k = heads("query", query), None if key is None else heads("key", key)
+    with called_as(op, q="query", k="key"):
+        torch.ops.latentkv.rope_(positions, q, k, cos_sin_cache, is_neox, inverse)

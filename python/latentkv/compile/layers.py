@@ -8,7 +8,6 @@ return: this keeps a write before the read, and keeps the compiler from dropping
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cache.layouts import MLACache
-from ..ops.checks import call_of, check_positions, checks_values, fail
+from ..ops.checks import call_of, called_as, check_positions, checks_values, fail
 from ..ops.description import LAYER_OPS
 from ..ops.schemas import LIBRARIES, NAMESPACE
 from ..providers import public
@@ -99,16 +98,6 @@ def step(
         _step.reset(token)
 
 
-@contextmanager
-def _as(op: str) -> Iterator[None]:
-    """Errors of the ops that ``op`` consists of come under its name, and with its arguments' names."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = re.sub(r"^latentkv\.\w+: ", f"latentkv.{op}: ", str(error))
-        raise RuntimeError(re.sub(r"(?<=: )([qk])(?=: expected)", r"\1_pe", text)) from error
-
-
 def _find(op: str, layer: int) -> tuple[MLACache | None, Tensor | None, bool]:
     """The cache, the slots and ``rope_masked`` of a layer in the current step."""
     current = _step.get()
@@ -136,7 +125,7 @@ def _layer_write_cache(kv_c: Tensor, k_pe: Tensor, layer: int) -> Tensor:
     key = _key(op, k_pe)
     cache, slots, _ = _find(op, layer)
     if cache is not None and slots is not None:
-        with _as(op):
+        with called_as(op):
             public.write_cache_(kv_c, key, slots, cache)
     return kv_c.new_empty(0)
 
@@ -155,7 +144,7 @@ def _layer_rope_write_cache(
         call_of(LAYER_OPS[op], (positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, layer))
         every = torch.ones_like(positions[rest:], dtype=torch.bool)
         check_positions(op, positions[rest:], cos_sin_cache, every, first=rest)
-    with _as(op):
+    with called_as(op, q="q_pe", k="k_pe"):
         if cache is not None and slots is not None:
             public.rope_write_cache_(
                 positions, q_pe, key, kv_c, cos_sin_cache, slots, cache, is_neox=is_neox, rope_masked=rope_masked

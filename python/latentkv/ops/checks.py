@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -44,6 +45,19 @@ def name_of(dtype: torch.dtype) -> str:
 def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     """Raises the error of a bad argument."""
     raise RuntimeError(f"latentkv.{op}: {argument}: expected {expected}, got {got}")
+
+
+@contextmanager
+def called_as(op: str, **names: str) -> Iterator[None]:
+    """Errors of the ops that ``op`` consists of come under its name, and with its names for their arguments."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"^latentkv\.\w+: ", f"latentkv.{op}: ", str(error))
+        if text == str(error):
+            raise
+        own = rf"(?<=^latentkv\.{op}: )\w+|(?<=shares no bytes with )\w+"
+        raise RuntimeError(re.sub(own, lambda name: names.get(name[0], name[0]), text)) from error
 
 
 @dataclass(frozen=True)
