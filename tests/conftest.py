@@ -36,8 +36,8 @@ Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 # Where a test runs that takes a device and a provider: each provider on each device of the machine (Triton's kernels on
-# a GPU; on a CPU their interpreter is too slow for all of it, and has a process of its own: interpreted.py), and the HIP
-# library on emulated AMD chips, whose memory is the host's.
+# a GPU; on a CPU their interpreter is too slow for all of it, and has a process of its own: interpreted.py), and the
+# HIP library on emulated AMD chips, whose memory is the host's.
 AMD = () if amd.problem() else amd.ARCHS
 PROVIDERS = ("native", "reference")
 TARGETS = [

@@ -37,7 +37,7 @@ def test_what_the_build_generates(tmp_path: Path) -> None:
     subprocess.run([sys.executable, script, description, tmp_path], check=True)
     text = (tmp_path / "bound_ops.h").read_text()
     functions = dict(re.findall(r"inline void (\w+)\((.*)\) \{\n(?s:.*?)\n\}", text))
-    bodies = {name: body for name, body in re.findall(r"inline void (\w+)\(.*\) \{\n((?s:.*?))\n\}", text)}
+    bodies = dict(re.findall(r"inline void (\w+)\(.*\) \{\n((?s:.*?))\n\}", text))
     functions.pop("register_ops")
     assert list(functions) == list(NATIVE_OP_NAMES)
     for name in NATIVE_OP_NAMES:

@@ -1,4 +1,4 @@
-"""The first mistakes: a tensor for a cache, a list for a tensor, None, what was forgotten, a provider that is not there."""
+"""First mistakes: a tensor for a cache, a list for a tensor, None, what was forgotten, a provider that is not there."""
 
 from __future__ import annotations
 

@@ -139,9 +139,9 @@ def test_a_conversion_within_one_cache(device: str, provider: Provider) -> None:
 @st.composite
 def views(draw: st.DrawFn, dims: int = 3) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Shape, strides and offset of bytes within 4096; strides nested as those of real tensors are, or any."""
-    shape = tuple(draw(st.integers(1, 4)) for _ in range(dims - 1)) + (draw(st.integers(1, 6)),)
+    shape = (*tuple(draw(st.integers(1, 4)) for _ in range(dims - 1)), draw(st.integers(1, 6)))
     if draw(st.booleans()):
-        strides = tuple(draw(st.integers(0, 48)) for _ in range(dims - 1)) + (1,)
+        strides = (*tuple(draw(st.integers(0, 48)) for _ in range(dims - 1)), 1)
     else:
         entry = draw(st.integers(shape[-1], shape[-1] + 6))
         strides = (1,)

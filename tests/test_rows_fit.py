@@ -162,14 +162,12 @@ def test_layer_ops(op: str, layout: CacheLayout, device: str) -> None:
     for latent, rope in WIDTHS:
         x, cache = rows(device, latent, rope), layout.allocate(BLOCKS, device)
         before, layer = unchanged(x, [cache]), latentkv.compile.layer_index("rows.a")
+        arguments = [x[name] for name in ("positions", "q_pe", "k_pe", "kv_c", "table")] + [False, layer]
+        if op == "layer_write_cache":
+            arguments = [x["kv_c"], x["k_pe"], layer]
         with (
             latentkv.compile.step({"rows.a": cache}, x["slots"]),
             pytest.raises(RuntimeError, match=rf"^latentkv\.{op}: (kv_c|k_pe|q_pe|cos_sin_cache): expected"),
         ):
-            if op == "layer_write_cache":
-                torch.ops.latentkv.layer_write_cache(x["kv_c"], x["k_pe"], layer)
-            else:
-                torch.ops.latentkv.layer_rope_write_cache(
-                    x["positions"], x["q_pe"], x["k_pe"], x["kv_c"], x["table"], False, layer
-                )
+            getattr(torch.ops.latentkv, op)(*arguments)
         assert unchanged(x, [cache]) == before
