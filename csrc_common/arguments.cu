@@ -121,6 +121,7 @@ void written(const std::vector<Tensor>& tensors) {
 void Checker::size(const char* name, std::optional<int64_t> value, int64_t least, Letter& letter) const {
   if (!value) return;
   if (*value < least) latentkv::fail(op_, name, "at least " + std::to_string(least), *value);
+  if (*value > INT32_MAX) latentkv::fail(op_, name, "a number below 2^31", *value);
   letter.bind(*value, name);
 }
 

@@ -39,6 +39,14 @@ def unified_mla_kv_cache_update(
     return torch.ops.latentkv.layer_write_cache(kv_c_normed, k_pe, layer_index(layer_name))
 
 
+def concat_and_cache_mla(
+    kv_c: Tensor, k_pe: Tensor, kv_cache: Tensor, slots: Tensor, dtype: str, scale: Tensor, skip_scale: bool = False
+) -> None:
+    """latentkv.compat's, but that latent vectors may be shorter than keys, which programs that are drawn make."""
+    format = vllm.format_of(dtype, kv_c, kv_cache)
+    torch.ops.latentkv.write_cache_(kv_c, k_pe, slots, kv_cache, None, None if skip_scale else scale, format)
+
+
 def empty_like_latent(kv_c_normed: Tensor, *_: object) -> Tensor:
     return kv_c_normed.new_empty(0)
 
@@ -64,7 +72,7 @@ STAND_INS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any] | None]] 
     "_C_cache_ops::concat_and_cache_mla": (
         "(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, str kv_cache_dtype, Tensor scale,"
         " bool skip_scale=False) -> ()",
-        vllm.concat_and_cache_mla,
+        concat_and_cache_mla,
         None,
     ),
 }

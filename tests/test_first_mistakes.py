@@ -32,7 +32,11 @@ def arguments(op: str, device: str) -> dict[str, Any]:
     if "caches" in call:
         call["caches"] = [layout.allocate(BLOCKS, device) for _ in call["caches"]]
     of_caches = r"(\w+_)?(scale|scales|format|rope|rope_cache|rope_caches|kv_lora_rank|rope_dim)"
-    return {name: value for name, value in call.items() if not re.fullmatch(of_caches, name) or name == "q_scale"}
+    return {
+        name: value
+        for name, value in call.items()
+        if not re.fullmatch(of_caches, name) or name in ("q_scale", "sm_scale")
+    }
 
 
 def said(provider: Provider, op: str, given: dict[str, Any]) -> str:
@@ -67,7 +71,7 @@ def test_what_is_no_tensor(op: str, device: str, provider: Provider) -> None:
     """A list, a number, None where there must be one: the argument is named, in one style."""
     call_of(provider, op, device)
     good, optional = arguments(op, device), {a.name for a in OPS[op].arguments if a.optional}
-    optional |= {"out"} if op == "gather_cache" else set()
+    optional |= {"gather_cache": {"out"}, "decode_prologue": {"q_out"}}.get(op, set())  # which may be allocated
     for name, value in good.items():
         if not isinstance(value, torch.Tensor):
             continue

@@ -209,7 +209,7 @@ def test_wide_rows_of_ds_mla(device: str, provider: Provider, width: int) -> Non
     becomes(p, provider, [])
 
 
-@pytest.mark.parametrize("padding", [0, 4, 100, 576])
+@pytest.mark.parametrize("padding", [544, 1120])  # to 5 and 6 times 576 bytes
 def test_padded_blocks_of_model1(device: str, provider: Provider, padding: int) -> None:
     """What lies between a block's last scale and the next block is not touched."""
     p = make(device, op="write_cache_", format="fp8_model1")
@@ -566,15 +566,20 @@ def test_a_packed_cache_beyond_2_32_bytes(format: str) -> None:
     """Its last slots are written, and nothing where an offset of 31 or 32 bits would have ended."""
     need(8)
     p = make("cuda", op="write_cache_", format=format, block_size=64, tokens=5)
-    blocks = (2**32 + 2**30) // (64 * p.case.layout.row_bytes)
-    buffer = poisoned(blocks * 64 * p.case.layout.row_bytes, "cuda")
-    p.cache = MLACache.wrap(buffer.view(blocks, 64, -1), p.case.layout)
+    layout = p.case.layout
+    blocks = (2**32 + 2**30) // layout.block_bytes
+
+    def pages(buffer: Tensor) -> Tensor:
+        return buffer.view(-1, layout.block_bytes)[:, : 64 * layout.row_bytes].view(-1, 64, layout.row_bytes)
+
+    buffer = poisoned(blocks * layout.block_bytes, "cuda")
+    p.cache = MLACache.wrap(pages(buffer), layout)
     row, last = p.case.layout.row_bytes, p.cache.num_slots - 1
     slots = [last, 0, last - 64, 2**31 // row + 1, 2**32 // row + 1]
     p.slots[:] = torch.tensor(slots)
     p.run(providers.native)
     small = make("cuda", op="write_cache_", format=format, block_size=64, tokens=5)
-    small.cache = MLACache.wrap(poisoned(5 * 64 * row, "cuda").view(5, 64, row), p.case.layout)
+    small.cache = MLACache.wrap(pages(poisoned(5 * layout.block_bytes, "cuda")), layout)
     small.slots[:] = torch.tensor([64 * i + slot % 64 for i, slot in enumerate(slots)])
     small.run(providers.reference)
     for i, slot in enumerate(slots):

@@ -174,7 +174,7 @@ class Memory:
         self.positions, self.slots = self.positions.to(device), self.slots.to(device)
         if spec.op == "write_indexer_cache_":
             self.key = self._filled("key", (n, 128), (128 + k_token, 1), dtype, spec.offsets[1])
-            self.index_cache = self._pages("cache0", 132, torch.uint8, True, True)
+            self.index_cache = self._pages("cache0", 132, torch.uint8, True, 4)
             return
         layout = CacheLayout(spec.latent, r, spec.block_size, spec.format, spec.placement)  # type: ignore[arg-type]
         self.code = torch.uint8 if FORMATS[spec.format].quantised and spec.as_bytes else layout.dtype
@@ -215,7 +215,7 @@ class Memory:
 
     def _cache(self, layout: CacheLayout, suffix: str) -> MLACache:
         packed = layout.packed
-        run = packed is not None and packed.block_multiple is not None
+        run = packed.block_multiple if packed else None
         tensors = [
             self._pages(f"cache{i}{suffix}", width, self.code, packed is not None, run)
             for i, (_, _, width) in enumerate(layout.shapes(self.blocks))
@@ -223,11 +223,14 @@ class Memory:
         scale = None if self.spec.scale is None else torch.tensor([self.spec.scale], device=self.device)
         return MLACache.wrap(tensors, layout, scale)
 
-    def _pages(self, name: str, width: int, dtype: torch.dtype, mixed: bool, run: bool) -> Tensor:
-        """A cache tensor; ``mixed`` rows start at multiples of 4, ``run`` leaves no gap between those of a block."""
+    def _pages(self, name: str, width: int, dtype: torch.dtype, mixed: bool, run: int | None) -> Tensor:
+        """A cache tensor; ``mixed`` rows start at multiples of 4, ``run`` leaves no gap between those of a block,
+        and so many bytes, or a multiple of them, lie between blocks.
+        """
         spec, unit = self.spec, 4 if mixed else 1
         row = width + (0 if run else unit * spec.pads[4])
-        strides = [spec.block_size * row + unit * spec.pads[5], row, 1]
+        multiple = run or 1
+        strides = [-(-(spec.block_size * row + unit * spec.pads[5]) // multiple) * multiple, row, 1]
         shape = [self.blocks, spec.block_size, width]
         if spec.four_dims:
             strides.insert(1, spec.block_size * row)

@@ -75,9 +75,9 @@ def test_rows_outside_are_skipped(python: Python) -> None:
         python,
         f"""
 from unittest import mock
-from latentkv.ops.triton import update
+import latentkv.ops.triton as kernels
 off = lambda device: False
-with mock.patch.object(checks, "checks_values", off), mock.patch.object(update, "checks_values", off):
+with mock.patch.object(checks, "checks_values", off), mock.patch.object(kernels, "checks_values", off):
     for op, masked, in_place in itertools.product(
         {UPDATES}, ("masked", "rotate-masked"), (False, True),
     ):

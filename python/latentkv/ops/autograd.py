@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import Call, call_of, fail
+from .checks import Call, call_of, check_scales, checks_on, fail
 from .description import OPS, Op
 
 T = TypeVar("T")
@@ -42,7 +42,10 @@ def implementation(body: Callable[[Call], T]) -> Callable[..., T]:
     @functools.wraps(body)
     def run(*args: Any) -> T:
         refuse_gradients(op, args)
-        result = body(call_of(op, args))
+        x = call_of(op, args)
+        if checks_on():
+            check_scales(x)
+        result = body(x)
         torch.autograd.graph.increment_version([t for _, t in tensors_of(op, args, mutated=True)])
         return result
 

@@ -36,6 +36,15 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 _NAMES = {a.name for op in OPS.values() for a in op.arguments}
 _LIMIT = 2**31  # of any size
+_TYPES: dict[str, tuple[Any, str]] = {
+    "Tensor": (Tensor, "a tensor"),
+    "list": ((list, tuple), "a list of tensors"),
+    "bool": (bool, "True or False"),
+    "int": (int, "a number"),
+    "SymInt": ((int, torch.SymInt), "a number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a name"),
+}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -170,6 +179,23 @@ class Call:
         return self.caches or [self.cache]
 
 
+def check_types(op: Op, args: Sequence[Any]) -> None:
+    """That the arguments of an op's schema are tensors, numbers and so forth, as it says."""
+    for argument, value in zip(op.plain, args, strict=False):
+        kind = argument.type.partition("(")[0].rstrip("?")
+        if argument.type.endswith("[]"):
+            kind = "list"
+        elif value is None and argument.type.endswith("?"):
+            continue
+        if not isinstance(value, _TYPES[kind][0]) or (isinstance(value, bool) and kind != "bool"):
+            fail(op.name, argument.name, _TYPES[kind][1], text_of(value))
+
+
+def text_of(value: object) -> str:
+    """What came in the place of something else."""
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def call_of(op: Op, args: Sequence[Any]) -> Call:
     """The call of an op with the arguments of its torch schema, checked.
 
@@ -187,6 +213,7 @@ class _Check:
         defaults = [None if p.default in (None, "None") else _literal(p.default) for p in plain[len(args) :]]
         self.op, self.values = op, dict(zip((p.name for p in plain), (*args, *defaults), strict=True))
         self.blame: dict[str, str] = {}  # by letter: the argument that gave it its value
+        check_types(op, args)
         lead = self.values[op.lead]
         if isinstance(lead, list | tuple) and not lead:
             fail(op.name, op.lead, "at least one tensor", "none")
@@ -215,6 +242,8 @@ class _Check:
         elif a.size and value is not None:
             if value < a.least:
                 self.fail(a.name, f"at least {a.least}", value)
+            if value >= _LIMIT:
+                self.fail(a.name, "a number below 2^31", value)
             self.bind(a.size, value, a.name)
         setattr(self.call, a.name, value)
 
@@ -512,10 +541,15 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or checks_on()
 
 
-def check_scale(op: str, name: str, scale: Tensor | None) -> None:
-    """That a scale is a positive number: asked under ``LATENTKV_CHECKS``."""
-    if scale is not None and not 0 < (value := float(scale.reshape(()))) < math.inf:
-        fail(op, name, "a positive number", f"{value:g}")
+def check_scales(x: Call) -> None:
+    """That the scales of a call are positive numbers: asked under ``LATENTKV_CHECKS``."""
+    scales = {f"{a.prefix}scale": getattr(x, a.name).scale for a in x.op.arguments if a.kind == "cache"}
+    scales |= {f"scales[{i}]": cache.scale for i, cache in enumerate(x.caches or ())}
+    if x.q_out is not None and x.q_out.dtype in QUERY_FORMATS:
+        scales["q_scale"] = x.q_scale
+    for name, scale in scales.items():
+        if scale is not None and not 0 < (value := float(scale.reshape(()))) < math.inf:
+            x.fail(name, "a positive number", f"{value:g}")
 
 
 def check_positions(op: str, positions: Tensor, table: Tensor, rows: Tensor, first: int = 0) -> Tensor:
@@ -559,10 +593,6 @@ def plan(x: Call) -> Plan:
         rotate = alive if slots is None or x.rope_masked else valid
         bad = check_positions(x.op.name, x.rotation.positions[: x.tokens], x.rotation.table, rotate)
         alive, rotate = alive & ~bad, rotate & ~bad
-    if checks_on():
-        names = [f"scales[{i}]" for i in range(len(caches))] if x.caches else ["scale"]
-        for name, scale in (*zip(names, (c.scale for c in caches), strict=False), ("q_scale", x.q_scale)):
-            check_scale(x.op.name, name, scale)
     return Plan(alive, rotate, valid & alive)
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..cache.layouts import FORMATS, MLACache
-from .checks import fail
+from .checks import check_types, fail, text_of
 from .description import OPS
 
 Op = Callable[..., Any]
-_TYPES: dict[str, Any] = {"Tensor": Tensor, "bool": bool, "int": int, "float": (float, int), "str": str}
 
 
 class Provider:
@@ -56,6 +55,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
+        _check_style("rope_", is_neox)
         self._call("rope_", positions, q, k, cos_sin_cache, is_neox, inverse)
 
     def write_cache_(self, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, cache: MLACache) -> None:
@@ -113,6 +113,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
+        _check_style("rope_write_cache_", is_neox)
         stored, sizes = _cache_of("rope_write_cache_", "cache", cache)
         self._call(
             "rope_write_cache_", positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, *stored, is_neox,
@@ -184,15 +185,16 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
+        _check_style("decode_prologue", is_neox)
         stored, sizes = _cache_of("decode_prologue", "cache", cache)
         if q_out is None:
             if q_nope is None:
                 fail("decode_prologue", "q_out", "a tensor, as q_nope is None", "None")
             if not isinstance(q_pe, Tensor):
-                fail("decode_prologue", "q_pe", "a tensor", _text_of(q_pe))
+                fail("decode_prologue", "q_pe", "a tensor", text_of(q_pe))
             width = sum(sizes) if q_rope_out is None else sizes[0]
             q_out = q_pe.new_empty((*q_pe.shape[:-1], width), dtype=q_dtype)
-        elif q_dtype not in (None, q_out.dtype):
+        elif isinstance(q_out, Tensor) and q_dtype not in (None, q_out.dtype):
             fail("decode_prologue", "q_out", f"dtype {q_dtype}, as q_dtype", q_out.dtype)
         self._call(
             "decode_prologue", q_nope, q_pe, kv_c, k_pe, positions, cos_sin_cache, slot_mapping, *stored, q_out,
@@ -265,6 +267,7 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
+        _check_style("write_indexer_cache_", is_neox)
         self._call(
             "write_indexer_cache_", k, positions, cos_sin_cache, slot_mapping, cache, is_neox, power_of_two_scale
         )
@@ -312,7 +315,7 @@ class Provider:
             packs = FORMATS[cache.layout.format].quantised or cache.layout.packed is not None
             kind = dtype or (torch.bfloat16 if packs else cache.layout.dtype)
             out = torch.empty((total or 0, latent_dim + rope_dim), dtype=kind, device=cache.device)
-        elif dtype not in (None, out.dtype):
+        elif isinstance(out, Tensor) and dtype not in (None, out.dtype):
             fail("gather_cache", "out", f"dtype {dtype}, as dtype", out.dtype)
         self._call("gather_cache", *stored, block_table, cu_seq_lens, out, latent_dim, seq_starts, rope_dim)
         return out
@@ -417,29 +420,23 @@ def _cache_of(
     """What the torch op takes of a cache: its tensors, scale and format, then L and R."""
     if not isinstance(cache, MLACache):
         expected = "an MLACache: CacheLayout.allocate makes one, MLACache.wrap takes a tensor of yours"
-        fail(op, name, expected, _text_of(cache))
+        fail(op, name, expected, text_of(cache))
     layout = cache.layout
     return cache.op_arguments, (layout.kv_lora_rank, layout.rope_dim)
 
 
+def _check_style(op: str, is_neox: bool) -> None:
+    """Torch would take None for False."""
+    if not isinstance(is_neox, bool):
+        fail(op, "is_neox", "True or False", text_of(is_neox))
+
+
 def _explain(op: str, args: Sequence[Any], provider: str, error: Exception) -> None:
     """Raises what torch said about a call in the words of this library, if it is one of the usual mistakes."""
-    for argument, value in zip(OPS[op].plain, args, strict=False):
-        kind = argument.type.partition("(")[0].rstrip("?")
-        if value is None and argument.type.endswith("?"):
-            continue
-        if kind.endswith("[]") or argument.type.endswith("[]"):
-            continue
-        if not isinstance(value, _TYPES[kind]) or (kind != "bool" and isinstance(value, bool)):
-            expected = {"Tensor": "a tensor", "bool": "True or False", "str": "a name"}.get(kind, "a number")
-            fail(op, argument.name, expected, _text_of(value))
+    check_types(OPS[op], args)
     if isinstance(error, NotImplementedError):
         devices = {value.device.type for value in args if isinstance(value, Tensor)}
         from ..providers import library_errors  # which imports this module
 
         why = "; ".join(f"{device}: {library_errors[device]}" for device in sorted(devices & library_errors.keys()))
         fail(op, "provider", f"one that runs on {' and '.join(sorted(devices))}", f"{provider} ({why or 'no kernel'})")
-
-
-def _text_of(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -114,8 +114,9 @@ class VLLM:
     def _rotates_views(self, device: torch.device) -> bool:
         q = torch.zeros(1, 2, 192, dtype=torch.bfloat16, device=device)[..., 128:]
         zero, table = torch.zeros(1, dtype=torch.int64, device=device), q.new_ones(1, 64)
+        key = q.new_zeros(1, 1, 64)
         try:
-            self._ops.rotary_embedding(zero, q, q[:, :1], 64, table, False)
+            self._ops.rotary_embedding(zero, q, key, 64, table, False)
         except RuntimeError:
             return False
         return True
