@@ -141,7 +141,8 @@ def body(op: Any) -> Iterator[str]:
     if lead != op.lead:
         yield f'if ({op.lead}.empty()) fail("{op.name}", "{op.lead}", "at least one tensor", "none");'
     yield f"{name_of(op)} x;"
-    yield f'Checker check("{op.name}", {lead});'
+    index = "" if lead == op.lead else ", 0"
+    yield f'Checker check("{op.name}", {{"{op.lead}"{index}}}, {lead});'
     yield "x.device = check.device();"
     tensors = [p for p in op.plain if p.type.startswith("Tensor")]
     single = (f'{{"{p.name}", {f"pointer({p.name})" if p.type.endswith("?") else f"&{p.name}"}}}'

@@ -82,7 +82,9 @@ void fail(const char* op, const Name& argument, const std::string& expected, int
   fail(op, argument, expected, std::to_string(got));
 }
 
-Checker::Checker(const char* op, const Tensor& lead) : op_(op), device_(lead.is_cpu() ? -1 : lead.get_device_index()) {
+Checker::Checker(const char* op, const Name& name, const Tensor& lead) : op_(op) {
+  if (!lead.defined()) fail(name, "a tensor", "None");
+  device_ = lead.is_cpu() ? -1 : lead.get_device_index();
   regions_.reserve(16);
 }
 
@@ -91,7 +93,7 @@ void Checker::no_gradients(std::initializer_list<std::pair<const char*, const Te
   std::vector<Tensor> given;
   std::vector<const char*> names;
   for (const auto& [name, t] : tensors) {
-    if (t) given.push_back(*t), names.push_back(name);
+    if (t && t->defined()) given.push_back(*t), names.push_back(name);
   }
   if (const int64_t i = which_requires_grad(given); i >= 0) refuse_gradient(op_, names[i]);
 }
@@ -283,6 +285,7 @@ void Checker::apart(std::initializer_list<std::pair<const char*, const char*>> a
 }
 
 void Checker::device(const Name& name, const Tensor& t) const {
+  if (!t.defined()) fail(name, "a tensor", "None");  // which torch before 2.13 lets pass
   if (device_ < 0 ? t.is_cpu() : t.is_cuda() && t.get_device_index() == device_) return;
   const std::string own = device_ < 0 ? "cpu" : "cuda:" + std::to_string(device_);
   const std::string got = t.is_cpu()    ? "cpu"

@@ -95,7 +95,7 @@ struct Rotation {
 class Checker {
  public:
   // `lead` says on which device the other tensors must lie.
-  Checker(const char* op, const Tensor& lead);
+  Checker(const char* op, const Name& name, const Tensor& lead);
 
   int device() const { return device_; }  // -1 for the CPU
   [[noreturn]] void fail(const Name& argument, const std::string& expected, const std::string& got) const {
@@ -143,7 +143,7 @@ class Checker {
   void byte_rows(const Name& name, const FormatInfo& format, const Tensor& t) const;
 
   const char* op_;
-  int device_;
+  int device_ = -1;
   std::vector<Region> regions_;
 };
 

@@ -45,8 +45,8 @@ struct Span {
   Span within(int64_t period) const {
     Span rest = *this;
     const auto repeats = [&](const Dim& dim) { return dim.stride % period == 0; };
-    rest.count = static_cast<int>(std::remove_if(rest.dims.begin(), rest.dims.begin() + count, repeats) -
-                                  rest.dims.begin());
+    rest.count =
+        static_cast<int>(std::remove_if(rest.dims.begin(), rest.dims.begin() + count, repeats) - rest.dims.begin());
     return rest;
   }
 };

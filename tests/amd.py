@@ -166,7 +166,8 @@ _PER_TOKEN = ("positions", "q_nope", "q_pe", "k_pe", "kv_c", "k", "kv_c_out")
 def _allowed(overload: Any, args: tuple[Any, ...]) -> Memory:
     """What an op may read and write: its tensors, those with a row per token without the padding rows."""
     named = dict(zip((a.name for a in overload._schema.arguments), args, strict=False))
-    tokens = named["slot_mapping"].shape[0] if "slot_mapping" in named else None
+    slots = named.get("slot_mapping")
+    tokens = slots.shape[0] if isinstance(slots, Tensor) else None
     readable, writable = [], []
     for argument in overload._schema.arguments:
         value = named.get(argument.name)

@@ -213,7 +213,8 @@ def main_launches(op: str, activation: str, format: str) -> tuple[Any, ...]:
             triton.mla_decode(q, cache, torch.zeros(8, 64, dtype=torch.int32), lengths, sm_scale=0.1)
         elif op == "write_cache_grouped_":  # three layers that lie alike
             p = Problem(case, "cpu")
-            triton.write_cache_grouped_([p.kv_c] * 3, [p.k_pe] * 3, p.slots, [p.cache] * 3)
+            caches = [p.cache.layout.allocate(p.cache.num_blocks, "cpu", p.cache.scale) for _ in range(3)]
+            triton.write_cache_grouped_([p.kv_c] * 3, [p.k_pe] * 3, p.slots, caches)
         else:
             Problem(case, "cpu").run(triton)
     return tuple(found)
