@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,32 @@ def test_verify_of_the_reference() -> None:
     code, out = run("verify", "--device", "cpu", "--provider", "reference", "--op", "rope_")
     assert code == 0
     assert "reference on" in out
+
+
+MANY = """
+import itertools
+import torch
+from latentkv import CacheLayout, cli
+from latentkv.testing import Case
+
+if __name__ == "__main__":
+    few = itertools.islice((c for c in cli._cases() if c.op == "rope_" and c.heads == 3), 9)
+    cases = [*few, Case("no_op", CacheLayout())]
+    for name in ("triton", "native"):
+        one, several = (list(cli._verdicts(cases, name, torch.device("cpu"), n)) for n in (1, 2))
+        assert one == several, (one, several)
+        assert one[:-1] == [(None, None)] * 9 and "ValueError: Case: op" in one[-1][1], one
+    print("the same")
+"""
+
+
+def test_verify_in_several_processes(tmp_path: Path) -> None:
+    """As for Triton's kernels on a GPU: the same verdicts in the same order as in one."""
+    script = tmp_path / "many.py"  # what is spawned reads it again
+    script.write_text(MANY)
+    environ = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=300)
+    assert "the same" in done.stdout, done.stderr
 
 
 def test_verify_finds_wrong_bytes_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:

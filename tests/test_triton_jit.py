@@ -127,3 +127,86 @@ def test_the_next_grid_is_let_go_after_the_wait(hopper: Hopper) -> None:
         for ptx in (c.asm["ptx"] for c in compiled):
             assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch_dependents") == 1
             assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+
+
+# ------------------------------------------------------------------------------------------------------- the warm-up
+
+
+def served(op: str, step: int, index: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of an op as an engine has them in its n-th step: sizes, widths, strides and alignment vary."""
+    rows, sequences, blocks, columns = 1 + 41 * step % 97, 1 + 7 * step % 11, 3 + step % 5, 1 + 13 * step % 103
+    layout = CacheLayout(48, 32, 16)
+    cache, other = layout.allocate(blocks, "cpu"), layout.allocate(blocks, "cpu")
+
+    def numbers(*shape: int) -> torch.Tensor:
+        """Slices that begin anywhere, of rows that are wider."""
+        wide = torch.zeros(*shape[:-1], shape[-1] + step % 9, dtype=index)
+        return wide[..., step % 9 :]
+
+    q, k, kv_c = (torch.zeros(rows, *shape, dtype=torch.bfloat16) for shape in ((2, 32), (32,), (48,)))
+    table, slots = torch.zeros(64, 32), numbers(rows)[: rows - step % rows]
+    if op == "rope_write_cache_":
+        return (numbers(rows), q, k, kv_c, table, slots, *cache.op_arguments, False, False, 48, 32)
+    if op == "write_cache_grouped_":
+        return ([kv_c] * 2, [k] * 2, slots, [cache.data, other.data], [], [None] * 2, "bf16", 48, 32)
+    if op == "gather_cache":
+        lengths = numbers(sequences + 1)
+        return (*cache.op_arguments, numbers(sequences, columns), lengths, torch.zeros(rows, 80), 48, None, 32)
+    if op == "convert_cache_":
+        return (
+            *cache.op_arguments,
+            *other.op_arguments,
+            48,
+            32,
+            numbers(sequences, columns),
+            numbers(sequences, columns),
+        )
+    q = torch.zeros(sequences, 2, 80, dtype=torch.bfloat16)
+    return (q, *cache.op_arguments, numbers(sequences, columns), numbers(sequences), 48, 0.5, 32)
+
+
+SERVED = ("rope_write_cache_", "write_cache_grouped_", "gather_cache", "convert_cache_", "mla_decode")
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_nothing_compiles_after_a_warm_up(op: str, hopper: Hopper) -> None:
+    """Over a hundred steps; int32 and int64 are warmed up apart. Nothing runs meanwhile, and nothing is looked at."""
+    from latentkv.ops.triton import read
+
+    for index in (torch.int64, torch.int32):
+        with providers.warm_up():
+            providers.triton._call(op, *served(op, 100, index))
+        assert hopper.loaded and not hopper.launched
+        hopper.loaded.clear()
+        for step in range(100):
+            providers.triton._call(op, *served(op, step, index))
+        assert hopper.launched and not hopper.loaded
+        hopper.launched.clear()
+    if op != "gather_cache":
+        return
+    # Many rows, and many sequences, are of other kernels; these have been compiled too.
+    for rows, sequences in ((read.FEW_ROWS, 31), (read.FEW_ROWS + 1, 33), (read.LEAST_ROWS, 1024), (20000, 2000)):
+        cache = CacheLayout(48, 32, 16).allocate(3, "cpu")
+        table, lengths = (torch.zeros(*shape, dtype=torch.int32) for shape in ((sequences, 5), (sequences + 1,)))
+        providers.triton._call(op, *cache.op_arguments, table, lengths, torch.zeros(rows, 80), 48, None, 32)
+    assert not hopper.loaded
+
+
+def test_a_grid_for_any_batch(hopper: Hopper) -> None:
+    """A GPU takes 2^31 programs along the first axis, and 65535 along the others."""
+    from latentkv.ops.checks import call_of
+    from latentkv.ops.description import OPS
+    from latentkv.ops.triton.decode import Tiles, decode_launches
+    from latentkv.ops.triton.launch import Target
+
+    batch, cache = 70000, CacheLayout(48, 32, 16).allocate(3, "meta")
+    q, table = (
+        torch.empty(batch, 16, 80, dtype=torch.bfloat16, device="meta"),
+        torch.empty(batch, 4, device="meta").int(),
+    )
+    x = call_of(OPS["mla_decode"], (q, *cache.op_arguments, table, table[:, 0].contiguous(), 48, 0.5, 32))
+    for splits in (1, 4):
+        launches = decode_launches(Target(), x, q[..., :48], q[..., 0].float(), Tiles(16, 32, 4, 1, 1), splits)
+        assert len(launches) == (1 if splits == 1 else 2)
+        for launch in launches:
+            assert launch.grid[0] >= batch and all(size <= 65535 for size in launch.grid[1:])

@@ -22,10 +22,11 @@ from .cache.platform import has_code_for, installed_gpus
 from .ops import reference as _reference
 from .ops.public import Op, Provider
 from .ops.schemas import LIBRARIES, NAMESPACE, NATIVE_NAMESPACE, NATIVE_OP_NAMES, OP_NAMES
+from .ops.warmup import warm_up
 
 __all__ = [
     "Provider", "library_errors", "native", "public", "reference", "served_by", "set_overlap", "triton",
-    "triton_problem",
+    "triton_problem", "warm_up",
 ]  # fmt: skip
 
 
@@ -101,7 +102,8 @@ def _triton_op(name: str) -> Op:
 native = Provider("native", _ops_of(NATIVE_NAMESPACE, NATIVE_OP_NAMES))
 triton = Provider("triton", {name: _triton_op(name) for name in OP_NAMES})
 reference = Provider("reference", {name: getattr(_reference, name) for name in OP_NAMES})
-public = Provider("public", _ops_of(NAMESPACE, OP_NAMES))
+_serving: dict[tuple[str, str], str] = {}  # op and device -> the provider of torch.ops.latentkv
+public = Provider("public", _ops_of(NAMESPACE, OP_NAMES), _serving)
 
 
 def _serve() -> dict[str, str]:
@@ -133,9 +135,10 @@ def _serve() -> dict[str, str]:
         if providers[0] is native:
             _libraries[device].latentkv_register(NAMESPACE.encode())
         for name in OP_NAMES:
-            if not providers[0].has(name) or providers[0] is not native:
-                op = next(p for p in providers if p.has(name))._op(name)
-                LIBRARIES[NAMESPACE].impl(name, op, device.upper())
+            provider = next(p for p in providers if p.has(name))
+            _serving[name, device] = provider.name
+            if provider is not native:
+                LIBRARIES[NAMESPACE].impl(name, provider._op(name), device.upper())
     # Asked last: the question starts CUDA, after which a process must not fork.
     if wanted is None and served["cuda"] == "reference" and torch.cuda.is_available():
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import platform as host
@@ -9,8 +10,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, cast
 
@@ -308,16 +311,18 @@ def verify(
     cases = [c for c in _cases() if op in (None, c.op) and wanted in (None, c.layout.format)]
     total, wrong, failed = Counter[tuple[str, str]](), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     complaints = []
-    for case in track(cases, f"{name} on {on}", console=progress_console, transient=True):
+    # Triton compiles for most cases, which is what takes its time.
+    processes = min(len(os.sched_getaffinity(0)), 16) if name == "triton" and on.type == "cuda" else 1
+    verdicts = zip(cases, _verdicts(cases, name, on, processes), strict=True)
+    for case, (difference, error) in track(
+        verdicts, f"{name} on {on}", len(cases), console=progress_console, transient=True
+    ):
         key: tuple[str, str] = (case.op, case.layout.format)
         total[key] += 1
-        try:
-            if differences := check(case, getattr(providers, name), providers.reference, on, expected_device="cpu"):
-                wrong[key] += 1
-                complaints.append(f"{case}: {differences[0]}")
-        except Exception as error:  # whatever a broken build throws is a finding
-            failed[key] += 1
-            complaints.append(f"{case}: {type(error).__name__}: {error}")
+        wrong[key] += difference is not None
+        failed[key] += error is not None
+        if complaint := difference or error:
+            complaints.append(f"{case}: {complaint}")
 
     table = Table("op", "format", title=f"{name} on {device_name(on)}, against the reference")
     for heading in ("cases", "wrong", "failed"):
@@ -338,6 +343,29 @@ def verify(
     if complaints:
         raise typer.Exit(1)
     console.print(f"[green]all bytes right[/] in {total.total()} cases")
+
+
+Verdict = tuple[str | None, str | None]  # what differs, and what was raised
+
+
+def _verdict(case: Case, name: str, on: torch.device) -> Verdict:
+    """What is wrong with a provider's result."""
+    try:
+        differences = check(case, getattr(providers, name), providers.reference, on, expected_device="cpu")
+    except Exception as error:  # whatever a broken build throws is a finding
+        return None, f"{type(error).__name__}: {error}"
+    return (differences[0] if differences else None), None
+
+
+def _verdicts(cases: Sequence[Case], name: str, on: torch.device, processes: int) -> Iterator[Verdict]:
+    """Those of cases in order, of which each of several processes takes a share."""
+    verdict = functools.partial(_verdict, name=name, on=on)
+    if processes == 1:
+        yield from map(verdict, cases)
+        return
+    one_thread = torch.set_num_threads, (1,)  # for the reference, which runs on the CPU
+    with ProcessPoolExecutor(processes, get_context("spawn"), *one_thread) as pool:
+        yield from pool.map(verdict, cases, chunksize=8)
 
 
 def _cases() -> Iterator[Case]:

@@ -7,12 +7,12 @@ e4m3fn on every platform, where vLLM's are FNUZ on gfx942.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..cache.layouts import FORMATS
 from ..cache.platform import Platform
 from ..ops.checks import called_as, fail
+from ..providers import public
 
 __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_embedding"]
 
@@ -67,9 +67,10 @@ def concat_and_cache_mla_rope_fused(
     _check_widths(op, kv_c, k_pe)
     format = format_of(kv_cache_dtype, kv_c, kv_cache)
     with called_as(op, cache="kv_cache", scale="kv_cache_scale"):
-        torch.ops.latentkv.rope_write_cache_(
-            positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, kv_cache, None, kv_cache_scale, format, is_neox
-        )
+        public._call(
+            "rope_write_cache_", positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, kv_cache, None,
+            kv_cache_scale, format, is_neox,
+        )  # fmt: skip
 
 
 def concat_and_cache_mla(
@@ -89,7 +90,8 @@ def concat_and_cache_mla(
     _check_widths(op, kv_c, k_pe)
     format = format_of(kv_cache_dtype, kv_c, kv_cache)
     with called_as(op, cache="kv_cache"):
-        torch.ops.latentkv.write_cache_(kv_c, k_pe, slot_mapping, kv_cache, None, None if skip_scale else scale, format)
+        used = None if skip_scale else scale
+        public._call("write_cache_", kv_c, k_pe, slot_mapping, kv_cache, None, used, format)
 
 
 def rotary_embedding(
@@ -129,4 +131,4 @@ def rotary_embedding(
 
     q, k = heads("query", query), None if key is None else heads("key", key)
     with called_as(op, q="query", k="key"):
-        torch.ops.latentkv.rope_(positions, q, k, cos_sin_cache, is_neox, inverse)
+        public._call("rope_", positions, q, k, cos_sin_cache, is_neox, inverse)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..cache.geometry import Region, Span, overlaps, overlaps_itself
 from ..cache.layouts import FORMATS, Format, Packed
 from .description import OPS, Argument, Dim, Op
+from .warmup import warming_up
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 QUERY_FORMATS = {f.dtype: f for f in FORMATS.values() if f.quantised}
@@ -537,8 +538,11 @@ def checks_on() -> bool:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether slots, positions and block numbers are looked at: always on a CPU, on a GPU under ``LATENTKV_CHECKS``."""
-    return device.type == "cpu" or checks_on()
+    """Whether slots, positions and block numbers are looked at: on a CPU, and on a GPU under ``LATENTKV_CHECKS``.
+
+    They are not where the call only compiles.
+    """
+    return (device.type == "cpu" or checks_on()) and not warming_up()
 
 
 def check_scales(x: Call) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..cache.layouts import FORMATS, MLACache
 from .checks import check_types, fail, text_of
 from .description import OPS
+from .schemas import fake_of
+from .warmup import warming_up
 
 Op = Callable[..., Any]
 
@@ -18,9 +20,11 @@ Op = Callable[..., Any]
 class Provider:
     """The ops of the library on one implementation. The public functions are the methods of one of these."""
 
-    def __init__(self, name: str, ops: Mapping[str, Op]) -> None:
+    def __init__(self, name: str, ops: Mapping[str, Op], serving: Mapping[tuple[str, str], str] | None = None) -> None:
+        """``serving``: the provider of each op on each type of device, where there are several."""
         self.name = name
         self._ops = ops
+        self._serving = serving or {}
 
     def __repr__(self) -> str:
         return f"<latentkv provider {self.name}>"
@@ -405,9 +409,18 @@ class Provider:
             fail(name, "provider", others, self.name)
         return self._ops[name]
 
+    def _compiles(self, name: str, args: Sequence[Any]) -> bool:
+        """Whether a call of an op compiles kernels."""
+        flat = (t for value in args for t in (value if isinstance(value, list) else [value]))
+        device = next((t.device.type for t in flat if isinstance(t, Tensor)), "")
+        return self._serving.get((name, device), self.name) == "triton"
+
     def _call(self, name: str, *args: Any) -> Any:
+        op = self._op(name)
         try:
-            return self._op(name)(*args)
+            if warming_up() and not self._compiles(name, args):
+                return fake_of(OPS[name])(*args)
+            return op(*args)
         except (RuntimeError, TypeError) as error:
             if not str(error).startswith("latentkv."):
                 _explain(name, args, self.name, error)

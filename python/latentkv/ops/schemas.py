@@ -29,7 +29,7 @@ LAYER_OP_NAMES = tuple(LAYER_OPS)
 Fake = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
-def _fake(op: Op) -> Fake:
+def fake_of(op: Op) -> Fake:
     """The fake of an op: it checks that the tensors lie on one device, and makes those that the op returns."""
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...] | None:
@@ -62,7 +62,7 @@ def define(namespace: str, names: Iterable[str] = NATIVE_OP_NAMES) -> torch.libr
     library = torch.library.Library(namespace, "DEF")
     for op in ((OPS | LAYER_OPS)[name] for name in names):
         library.define(op.schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"{namespace}::{op.name}", _fake(op), lib=library)
+        torch.library.register_fake(f"{namespace}::{op.name}", fake_of(op), lib=library)
     return library
 
 

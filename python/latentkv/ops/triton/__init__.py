@@ -14,9 +14,10 @@ from torch import Tensor
 from ..autograd import implementation
 from ..checks import Call, checks_values, convert_slots, decode_slots, gather_slots
 from ..checks import plan as check_plan
+from ..warmup import warming_up
 from .decode import decode_launches, device_limits, splits_for, tiles_for
 from .indexer import indexer_launches
-from .launch import Launch, Target, warming_up
+from .launch import Launch, Target
 from .read import FEW_ROWS, LEAST_ROWS, WAYS, convert_launches, gather_launches, tokens_of
 from .update import grouped_launches, update_launches
 

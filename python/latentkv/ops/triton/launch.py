@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from ..warmup import warming_up
+
 overlap = True  # whether kernels may start while the one before them drains, where the chip can do that
-
-
-_warming_up: ContextVar[bool] = ContextVar("latentkv.ops.triton.warming_up", default=False)
-
-
-def warming_up() -> bool:
-    """Whether calls only compile."""
-    return _warming_up.get()
-
-
-@contextmanager
-def warm_up() -> Iterator[None]:
-    """Calls within compile the kernels that they and others like them need, and run none."""
-    token = _warming_up.set(True)
-    try:
-        yield
-    finally:
-        _warming_up.reset(token)
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class Launch:
     def run(self) -> None:
         """Puts it on the current stream of its tensors' device; one without programs does nothing.
 
-        Within :func:`warm_up` it is compiled and not run, whatever its grid.
+        Within :func:`latentkv.providers.warm_up` it is compiled and loaded, and not run, whatever its grid.
         """
         if 0 in self.grid and not warming_up():
             return
@@ -93,10 +76,10 @@ class Launch:
             **({"launch_pdl": True} if self.pdl else {}),  # AMD's compiler does not know it
         }
         with torch.cuda.device_of(next(_tensors(self.args.values()))):
-            if warming_up():
-                self.kernel.warmup(**self.args, **options, grid=self.grid)
-            else:
+            if not warming_up():
                 self.kernel[self.grid](**self.args, **options)
+            elif isinstance(self.kernel, triton.JITFunction):  # the interpreter has nothing to compile
+                _ = self.kernel.warmup(**self.args, **options, grid=self.grid).run  # which loads it
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
