@@ -49,18 +49,13 @@ bool is_in(const ScalarType* begin, const ScalarType* end, ScalarType type) {
   return false;
 }
 
-// A call of an op of torch or of this library's Python side, whose one result is a T.
-template <class T, size_t n>
-T call(const char* op, std::array<StableIValue, n> stack) {
-  if (torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION) != 0) {
-    throw std::runtime_error(std::string("latentkv: the call of ") + op + " failed");
-  }
-  return torch::stable::detail::to<T>(stack[0]);
-}
-
 // Which of the tensors requires a gradient, -1 for none. The stable ABI cannot ask a tensor itself.
 int64_t which_requires_grad(const std::vector<Tensor>& tensors) {
-  return call<int64_t, 1>("latentkv::which_requires_grad", {torch::stable::detail::from(tensors)});
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensors)};
+  if (torch_call_dispatcher("latentkv::which_requires_grad", "", stack.data(), TORCH_ABI_VERSION) != 0) {
+    throw std::runtime_error("latentkv: torch could not say which tensors require a gradient");
+  }
+  return torch::stable::detail::to<int64_t>(stack[0]);
 }
 
 void refuse_gradient(const char* op, const Name& name) {
@@ -108,10 +103,10 @@ void Checker::no_gradients(const char* name, const std::vector<OptionalTensor>& 
   }
 }
 
-// An op of torch that writes, and that has nothing to do: it moves the version counter, which the stable ABI cannot.
+// A copy of a tensor to itself, which torch leaves undone: but it moves the version counter, which the stable ABI
+// cannot.
 void written(const Tensor& t) {
-  using torch::stable::detail::from;
-  call<Tensor, 3>("aten::transpose_", {from(t), from(int64_t{0}), from(int64_t{0})});
+  if (aoti_torch_copy_(t.get(), t.get(), 0) != 0) throw std::runtime_error("latentkv: no version counter to move");
 }
 void written(const OptionalTensor& t) {
   if (t) written(*t);
@@ -176,8 +171,9 @@ void Checker::tensor(const Name& name, const Tensor& t, Types types, std::initia
     }
   }
   unit_stride(name, t);
-  if (mutated) no_overlap(name, t);
-  regions_.push_back({name, Span(t), mutated, &t});
+  const Span span(t);
+  if (mutated) no_overlap(name, t, span);
+  regions_.push_back({name, span, mutated, &t});
 }
 
 void Checker::one(const Name& name, const Tensor* t) {
@@ -312,8 +308,8 @@ void Checker::unit_stride(const Name& name, const Tensor& t) const {
   }
 }
 
-void Checker::no_overlap(const Name& name, const Tensor& t) const {
-  if (!overlaps_itself(t)) return;
+void Checker::no_overlap(const Name& name, const Tensor& t, const Span& span) const {
+  if (!overlaps_itself(span)) return;
   fail(name, "elements that do not overlap in memory", "strides " + list(t.strides()) + " for shape " + shape_of(t));
 }
 
@@ -335,7 +331,7 @@ void Checker::pages(const Name& name, const FormatInfo& format, const Tensor& t,
     latentkv::fail(op_, name, std::string("rows of ") + (exact ? "" : "at least ") + text, width);
   }
   unit_stride(name, t);
-  no_overlap(name, t);
+  no_overlap(name, t, Span(t));
   if (entries > INT32_MAX || blocks > INT32_MAX || blocks * entries > INT32_MAX) {
     const bool all = entries <= INT32_MAX && blocks <= INT32_MAX;
     fail(name, "fewer than 2^31 rows", all ? std::to_string(blocks * entries) : "shape " + shape_of(t));

@@ -137,7 +137,7 @@ class Checker {
   void device(const Name& name, const Tensor& t) const;
   void dtype(const Name& name, const Tensor& t, Types types, const std::string& purpose = "") const;
   void unit_stride(const Name& name, const Tensor& t) const;
-  void no_overlap(const Name& name, const Tensor& t) const;
+  void no_overlap(const Name& name, const Tensor& t, const Span& span) const;
   void pages(const Name& name, const FormatInfo& format, const Tensor& t, int64_t row, const std::string& text,
              bool exact) const;
   void byte_rows(const Name& name, const FormatInfo& format, const Tensor& t) const;

@@ -73,12 +73,11 @@ inline bool share_bytes(const Span& a, const Span& b, int64_t distance) {
 }
 
 inline bool share_bytes(const Span& a, const Span& b) {
-  return a.begin < a.end && b.begin < b.end && share_bytes(a, b, b.begin - a.begin);
+  return a.begin < b.end && b.begin < a.end && share_bytes(a, b, b.begin - a.begin);
 }
 
 // By rising stride, each dimension must step over what lies within it.
-inline bool overlaps_itself(const Tensor& t) {
-  Span span(t);
+inline bool overlaps_itself(Span span) {
   if (span.begin == span.end) return false;
   std::sort(span.dims.begin(), span.dims.begin() + span.count,
             [](const Span::Dim& a, const Span::Dim& b) { return a.stride < b.stride; });

@@ -218,7 +218,7 @@ def lines_of(instruction: str, ptx: str) -> set[str]:
             where = match.groups()
         if instruction in line:
             found.add(where)
-    folder = Path(latentkv.__file__).with_name("ops" / "triton")
+    folder = Path(latentkv.__file__).parent / "ops" / "triton"
     return {(folder / name).read_text().splitlines()[int(number) - 1] for name, number in found}
 
 

@@ -206,6 +206,7 @@ class MLACache:
         layout: how to read them.
         scale: one fp32 element on the same device, or None for 1.0; ignored by 16/32-bit and packed formats.
         op_arguments: what the torch ops take of a cache: cache, rope_cache, scale (None where unused) and format.
+        op_sizes: and its L and R.
     """
 
     data: torch.Tensor
@@ -213,10 +214,12 @@ class MLACache:
     layout: CacheLayout
     scale: torch.Tensor | None = None
     op_arguments: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, str] = field(init=False, repr=False)
+    op_sizes: tuple[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         scale = self.scale if FORMATS[self.layout.format].quantised else None
         object.__setattr__(self, "op_arguments", (self.data, self.rope_data, scale, self.layout.format))
+        object.__setattr__(self, "op_sizes", (self.layout.kv_lora_rank, self.layout.rope_dim))
 
     @classmethod
     def wrap(

@@ -59,7 +59,8 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        _check_style("rope_", is_neox)
+        if is_neox is not True and is_neox is not False:  # torch would take None for False
+            fail("rope_", "is_neox", "True or False", text_of(is_neox))
         self._call("rope_", positions, q, k, cos_sin_cache, is_neox, inverse)
 
     def write_cache_(self, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, cache: MLACache) -> None:
@@ -117,7 +118,8 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        _check_style("rope_write_cache_", is_neox)
+        if is_neox is not True and is_neox is not False:  # torch would take None for False
+            fail("rope_write_cache_", "is_neox", "True or False", text_of(is_neox))
         stored, sizes = _cache_of("rope_write_cache_", "cache", cache)
         self._call(
             "rope_write_cache_", positions, q_pe, k_pe, kv_c, cos_sin_cache, slot_mapping, *stored, is_neox,
@@ -189,7 +191,8 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        _check_style("decode_prologue", is_neox)
+        if is_neox is not True and is_neox is not False:  # torch would take None for False
+            fail("decode_prologue", "is_neox", "True or False", text_of(is_neox))
         stored, sizes = _cache_of("decode_prologue", "cache", cache)
         if q_out is None:
             if q_nope is None:
@@ -271,7 +274,8 @@ class Provider:
         Raises:
             RuntimeError: an argument's device, dtype, shape or strides are off; nothing has been written then.
         """
-        _check_style("write_indexer_cache_", is_neox)
+        if is_neox is not True and is_neox is not False:  # torch would take None for False
+            fail("write_indexer_cache_", "is_neox", "True or False", text_of(is_neox))
         self._call(
             "write_indexer_cache_", k, positions, cos_sin_cache, slot_mapping, cache, is_neox, power_of_two_scale
         )
@@ -416,7 +420,7 @@ class Provider:
         return self._serving.get((name, device), self.name) == "triton"
 
     def _call(self, name: str, *args: Any) -> Any:
-        op = self._op(name)
+        op = self._ops.get(name) or self._op(name)
         try:
             if warming_up() and not self._compiles(name, args):
                 return fake_of(OPS[name])(*args)
@@ -434,14 +438,7 @@ def _cache_of(
     if not isinstance(cache, MLACache):
         expected = "an MLACache: CacheLayout.allocate makes one, MLACache.wrap takes a tensor of yours"
         fail(op, name, expected, text_of(cache))
-    layout = cache.layout
-    return cache.op_arguments, (layout.kv_lora_rank, layout.rope_dim)
-
-
-def _check_style(op: str, is_neox: bool) -> None:
-    """Torch would take None for False."""
-    if not isinstance(is_neox, bool):
-        fail(op, "is_neox", "True or False", text_of(is_neox))
+    return cache.op_arguments, cache.op_sizes
 
 
 def _explain(op: str, args: Sequence[Any], provider: str, error: Exception) -> None:

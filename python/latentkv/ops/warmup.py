@@ -9,11 +9,12 @@ from contextvars import ContextVar
 import torch
 
 _warming_up: ContextVar[bool] = ContextVar("latentkv.ops.warming_up", default=False)
+_count = 0  # of warm-ups in all threads: asked first, for it costs least
 
 
 def warming_up() -> bool:
     """Whether calls only compile. A graph that torch.compile traces does not know."""
-    return not torch.compiler.is_compiling() and _warming_up.get()
+    return _count > 0 and not torch.compiler.is_compiling() and _warming_up.get()
 
 
 @contextmanager
@@ -32,8 +33,11 @@ def warm_up() -> Iterator[None]:
     :mod:`latentkv.compile` that heed it. An op called as ``torch.ops.latentkv.<op>``, by hand or by a graph of
     torch.compile, runs where not Triton serves it.
     """
+    global _count
     token = _warming_up.set(True)
+    _count += 1
     try:
         yield
     finally:
+        _count -= 1
         _warming_up.reset(token)

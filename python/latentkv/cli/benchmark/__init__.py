@@ -141,6 +141,7 @@ class Bench:
                 absent["torch.compile"] = str(error)
         return others, absent
 
+    @torch.no_grad()
     def measure(self, op: str, heads: int, tokens: int, layout: CacheLayout, variant: str = "") -> list[Row]:
         """A row for each contender: its bytes against the reference's, then its times."""
         blank = self._blank(op, heads, tokens, layout, variant)
@@ -167,6 +168,7 @@ class Bench:
         rows += [replace(blank, contender=name, note=why) for name, why in absent.items()]
         return _with_baseline(rows, {contender.name for contender in others})
 
+    @torch.no_grad()
     def measure_host(self, op: str, heads: int, layout: CacheLayout) -> list[Row]:
         """What an eager call of one token costs the host; nothing on a CPU, where the call is the work."""
         if self.device.type == "cpu":

@@ -46,20 +46,20 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> Timing:
 def _time_graph(calls: Sequence[Call]) -> Timing:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.stream(side):
-        for _ in range(2):  # the second is past whatever a first call does
-            start.record()
-            for call in calls:
-                call()
-            end.record()
+    with torch.cuda.stream(side):  # whatever a first call does
+        for call in calls:
+            call()
     torch.cuda.current_stream().wait_stream(side)
+    # As many rounds as the GPU's own time asks for, which a small graph tells: an eager call would count the host's.
+    once = _captured(calls)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        start.record()
+        once.replay()
+        end.record()
     end.synchronize()
     rounds = max(1, min(-(-_GRAPH_CALLS // len(calls)), int(_GRAPH_US / (1e3 * start.elapsed_time(end)))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in [*calls] * rounds:
-            call()
+    graph = _captured([*calls] * rounds)
     for _ in range(_WARM_REPLAYS):
         graph.replay()
     # Nothing waits between the replays, so the GPU never runs dry and launching stays hidden.
@@ -71,6 +71,14 @@ def _time_graph(calls: Sequence[Call]) -> Timing:
     torch.cuda.synchronize()
     count = rounds * len(calls)
     return Timing.of([1e3 * a.elapsed_time(b) / count for a, b in zip(marks[::2], marks[1::2], strict=True)])
+
+
+def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
 
 
 def _time_wall(calls: Sequence[Call]) -> Timing:
