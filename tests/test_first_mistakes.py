@@ -76,7 +76,7 @@ def test_what_is_no_tensor(op: str, device: str, provider: Provider) -> None:
         if not isinstance(value, torch.Tensor):
             continue
         for bad, got in (
-            ((value.tolist(), "a list"), (3, "a int"), (None, "None"), (value.numpy(), "a ndarray"))
+            ((value.tolist(), "a list"), (3, "a int"), (None, "None"), (value.cpu().numpy(), "a ndarray"))
             if (value.dtype != torch.bfloat16)
             else (([1.0], "a list"), (0.5, "a float"), (None, "None"))
         ):
