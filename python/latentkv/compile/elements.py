@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .graph import (
     LIMIT,
@@ -135,7 +135,6 @@ class Elements:
     def __init__(self, rows: Any, rounded: bool = True) -> None:
         self.rows, self.rounded = expr_of(rows), rounded
         self._known: dict[Node, Values | None] = {}
-        self._own: dict[Node, Values | None] = {}
         self._forms: dict[Node, _Form | None] = {}
         self._tables: dict[Any, Elements] = {}
 
@@ -150,21 +149,15 @@ class Elements:
                 self._known[n] = self._evaluate(n)
         return self._known[node]
 
-    def values(self, node: Node) -> Values | None:
-        """A node's elements; None where it is not made of rows."""
-        known = self.known(node)
+    def values(self, node: Node, at: Flat | None = None) -> Values | None:
+        """A node's elements, or some of them; None where it is not made of rows."""
+        known, form = self.known(node), self.form(node)
         if known is not None:
-            return known
-        if node not in self._own:
-            self._own[node] = self._new(node)
-        return self._own[node]
-
-    def _new(self, node: Node) -> Values | None:
-        form = self.form(node)
+            return known if at is None else known.take(at)
         if form is None:
             return None
-        ids = _mix(f"element of {node.name}", np.arange(form.width, dtype=np.uint64))
-        return _made(ids, _narrow(node.meta["val"].dtype), ANY)
+        numbered = np.arange(form.width) if at is None else at
+        return _made(_mix(f"element of {node.name}", numbered.astype(np.uint64)), _narrow(node.meta["val"].dtype), ANY)
 
     def _evaluate(self, node: Node) -> Values | None:
         handler = _HANDLERS.get(node.target) if node.op == "call_function" else None
@@ -198,22 +191,31 @@ class Elements:
 
     def pick(self, node: Node, *index: Any) -> Values | None:
         """Those of its elements that an index of the form picks."""
-        values, form = self.values(node), self.form(node)
-        if values is None or form is None:
+        form = self.form(node)
+        if form is None:
             return None
-        return values.take(np.arange(form.width).reshape(form.shape)[index].reshape(-1))
+        return self.values(node, np.arange(form.width).reshape(form.shape)[index].reshape(-1))
 
     def spread(self, node: Node, over: Node) -> Values | None:
         """A node's elements, broadcast to the shape of another."""
-        values, mine, other = self.values(node), self.form(node), self.form(over)
-        if values is None or mine is None or other is None or mine == other:
-            return values
+        mine, other = self.form(node), self.form(over)
+        if mine is None or other is None or mine == other:
+            return self.values(node)
         sizes, others = node.meta["val"].shape, over.meta["val"].shape
         same = all(expr_of(a) == expr_of(b) for a, b in zip(sizes[: mine.outer], others, strict=False))
         if len(sizes) != len(others) or mine.outer != other.outer or not same:
             return None
         at = np.arange(mine.width).reshape(mine.shape)
-        return values.take(np.broadcast_to(at, other.shape).reshape(-1))
+        return self.values(node, np.broadcast_to(at, other.shape).reshape(-1))
+
+    def made_of_angles(self, graph: Graph) -> list[Node]:
+        """The nodes that something of a table, or turned by an op, goes into, in the graph's order."""
+        found: dict[Node, None] = {}
+        for node in graph.nodes:
+            fresh = is_rope(node) or is_lookup(node)
+            if (fresh or any(i in found for i in node.all_input_nodes)) and self._passes(node):
+                found[node] = None
+        return list(found)
 
     def expression(self, node: Node) -> list[Node]:
         """The nodes whose elements make those of this one, back to new ones, in the graph's order."""
@@ -324,9 +326,8 @@ def _same(e: Elements, node: Node) -> Values | None:
 def _by_place(e: Elements, node: Node) -> Values | None:
     root = root_of(node)
     whole, part = (View.of(n.meta["val"]).row(e.rows) for n in (root, node))
-    values = None if whole is None or part is None or root is node else e.values(root)
-    at = whole.index(part) if whole is not None and part is not None else None
-    return None if values is None or at is None else values.take(at)
+    at = None if whole is None or part is None or root is node else whole.index(part)
+    return None if at is None else e.values(root, at)
 
 
 @means(prims.convert_element_type.default, aten._to_copy.default)
@@ -360,11 +361,10 @@ def _permute(e: Elements, node: Node) -> Values | None:
         order[i], order[j] = order[j], order[i]
     else:
         order = [int(d) % len(order) for d in node.args[1]]  # type: ignore[union-attr,arg-type]
-    values = e.values(x)
-    if values is None or form is None or order[: form.outer] != list(range(form.outer)):
+    if form is None or order[: form.outer] != list(range(form.outer)):
         return None
     axes = [0, *(d - form.outer + 1 for d in order[form.outer :])]
-    return values.take(np.arange(form.width).reshape(form.shape).transpose(axes).reshape(-1))
+    return e.values(x, np.arange(form.width).reshape(form.shape).transpose(axes).reshape(-1))
 
 
 @means(aten.slice.Tensor)
@@ -414,13 +414,11 @@ def split_part(e: Elements, node: Node) -> Values | None:
 @means(aten.repeat.default)
 def _repeat(e: Elements, node: Node) -> Values | None:
     x: Any = node.args[0]
-    values, form, times = e.values(x), e.form(x), numbers(node.args[1])  # type: ignore[arg-type]
-    if values is None or form is None or times is None or len(times) != x.meta["val"].dim():
-        return None
-    if any(n != 1 for n in times[: form.outer]):
+    form, times = e.form(x), numbers(node.args[1])  # type: ignore[arg-type]
+    if form is None or times is None or len(times) != x.meta["val"].dim() or any(n != 1 for n in times[: form.outer]):
         return None
     at = np.arange(form.width).reshape(form.shape)
-    return values.take(np.tile(at, [1, *times[form.outer :]]).reshape(-1))
+    return e.values(x, np.tile(at, [1, *times[form.outer :]]).reshape(-1))
 
 
 @means(aten.cat.default)

@@ -213,10 +213,9 @@ class _Fuser:
         rows = k.view.size[0]
         finder = self._finder(rows)
         if expr_of(rows) not in self._queries:
+            made = finder.exact.made_of_angles(self.graph)
             self._queries[expr_of(rows)] = {
-                node: i
-                for i, node in enumerate(self.graph.nodes)
-                if is_rope(node) or node is k.node or (is_tensor(node) and finder.is_turned(node))
+                node: i for i, node in enumerate(made) if is_rope(node) or (is_tensor(node) and finder.is_turned(node))
             }
         place = self._queries[expr_of(rows)]
         for node in sorted(place, key=lambda n: abs(place[n] - place.get(k.node, 0))):

@@ -221,25 +221,32 @@ def views_of(root: Node) -> list[Node]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """Where the elements of a row lie: ``places`` in a storage, those of the next row ``step`` further."""
 
     step: int
     places: Flat
 
+    @cached_property
+    def _order(self) -> Flat:
+        return np.argsort(self.places, kind="stable")
+
     def index(self, other: Row) -> Flat | None:
         """Where the elements of another row are in this one; None where one is not in it."""
-        order = np.argsort(self.places, kind="stable")
-        found = order[np.searchsorted(self.places, other.places, sorter=order) % max(len(order), 1)]
-        same = self.step == other.step and bool(np.array_equal(self.places[found], other.places))
-        return found if same else None
+        if self.step != other.step or not len(self.places):
+            return None
+        found = other.places - self.places[0]  # where these follow one another
+        inside = (found >= 0) & (found < len(self.places))
+        if not (inside.all() and np.array_equal(self.places[found], other.places)):
+            found = self._order[np.searchsorted(self.places, other.places, sorter=self._order) % len(self.places)]
+        return found if np.array_equal(self.places[found], other.places) else None
 
     @property
     def distinct(self) -> bool:
         """Whether no two elements share their place, nor two rows."""
         places = self.places % self.step if self.step else self.places
-        return len(np.unique(places)) == len(places)
+        return bool(np.diff(np.sort(places)).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,8 +62,8 @@ class Rotation:
 
     def before(self, e: Elements) -> Values | None:
         """A row of the heads as they are."""
-        at, values = self.index(e), e.values(self.root)
-        return None if at is None or values is None else values.take(at)
+        at = self.index(e)
+        return None if at is None else e.values(self.root, at)
 
     def after(self, e: Elements, before: Values) -> Values | None:
         """The row turned: x cos - y sin and y cos + x sin, for pairs (x, y), as the contract rounds."""
