@@ -150,12 +150,13 @@ class Outcome:
 
 def stop_at_graph(graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
     """A backend: Inductor with all its graph passes, but the last graph is run by PyTorch, and kept in ``graphs``."""
-    from torch._guards import detect_fake_mode
-    from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx
+    from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx, fake_tensor_prop
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.virtualized import V
 
     def inner(gm: torch.fx.GraphModule, inputs: list[Any], *_: Any, is_inference: bool = False, **__: Any) -> Any:
-        with V.set_fake_mode(detect_fake_mode(inputs)):
+        view_to_reshape(gm)  # as Inductor does before its passes after the gradient, ours among them
+        with V.set_fake_mode(fake_tensor_prop(gm, inputs)):
             _recursive_post_grad_passes(gm, is_inference=is_inference)
         gm.recompile()
         graphs.append(gm)
@@ -1306,7 +1307,7 @@ def query_is_rotated_after_the_update(t: Tensors) -> list[Tensor]:
 def written_twice(t: Tensors) -> list[Tensor]:
     """Both go to the same slots: the second must stay the second."""
     q, kv_c, k_pe = parts(t)
-    torch.ops.latentkv.layer_write_cache(kv_c * 2, k_pe + 1, LAYERS[0])
+    torch.ops.latentkv.layer_write_cache(kv_c * 2, kv_c[:, : D.r] + 2, LAYERS[0])
     ours(t, q, k_pe)
     first = torch.ops.latentkv.layer_write_cache(kv_c, k_pe, LAYERS[0])
     last = torch.ops.latentkv.layer_write_cache(kv_c * 3, kv_c[:, : D.r] + 1, LAYERS[0])
@@ -1630,6 +1631,16 @@ def bytes_of_the_key_before(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c, turn_in_place(t, q, k_pe), old)
 
 
+@tricky(fused=0)
+def cache_is_read_before_the_update(t: Tensors) -> list[Tensor]:
+    """By attention with the rotated query: fused, it would need a copy of the whole cache."""
+    q, kv_c, k_pe = parts(t)
+    ours(t, q, k_pe)
+    seen = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None)
+    torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
+    return list(seen)
+
+
 @tricky(fused=1)
 def one_element_of_each(t: Tensors) -> list[Tensor]:
     q, kv_c, k_pe = parts(t)
@@ -1828,6 +1839,89 @@ def test_rows_of_a_dynamic_size(device: str) -> None:
     off, on = execute(fn, *makes, backend="eager"), execute(fn, *makes, fuse={}, dynamic=True)
     assert_same(off, on)
     assert not on.report.fused
+
+
+def test_rows_read_before_are_as_many_as_were_compiled(device: str) -> None:
+    """The first 4 rows of the query are read before RoPE, in a graph that was made for 4 rows and runs with 8."""
+
+    def fn(t: Tensors) -> list[Tensor]:
+        q, kv_c, k_pe = parts(t)
+        kv_c = kv_c + q[:4, :, D.p :].float().sum().bfloat16()
+        q, k_pe = turn_all(t, q, k_pe)
+        return finish(q, kv_c, k_pe)
+
+    makes = [functools.partial(Inputs, device, Dims(n=n)) for n in (4, 8)]
+    off, on = execute(fn, *makes, backend="eager"), execute(fn, *makes, fuse={}, dynamic=True)
+    assert_same(off, on)
+
+
+@pytest.mark.parametrize("width", [16, 200])
+def test_parts_that_overlap_for_many_rows(width: int, device: str) -> None:
+    """A column block of 5 rows lies before the key of a tensor of N; whether it meets it depends on N."""
+
+    def fn(t: Tensors) -> list[Tensor]:
+        q, _, _ = parts(t)
+        kv = (t["x"] @ t["w_kv0"]).flatten()
+        n = t["x"].shape[0]
+        k_pe, more = kv[-n * D.r :].view(n, D.r), kv[:width].float().sum().reshape(1)
+        q, k_pe = turn_all(t, q, k_pe)
+        return finish(q, t["x"] @ t["w_kv0"][:, : D.latent], k_pe, more)
+
+    makes = [functools.partial(Inputs, device, Dims(n=n)) for n in (5, 9)]
+    off, on = execute(fn, *makes, backend="eager"), execute(fn, *makes, fuse={}, dynamic=True)
+    assert_same(off, on)
+
+
+@pytest.mark.parametrize("how", ["folded", "unused"])
+@pytest.mark.parametrize("update", ["layer", "unified"])
+@pytest.mark.parametrize("fuse", [None, {}], ids=["off", "on"])
+def test_a_write_happens_whatever_becomes_of_its_result(
+    fuse: dict[str, Any] | None, update: str, how: str, device: str
+) -> None:
+    """Inductor folds the sum of an empty tensor. vLLM's op is ours to keep only where the pass is on."""
+    program = Program("ours", upcast="op", gathered="op", update=update)
+
+    def fn(t: Tensors) -> list[Tensor]:
+        _, _, kv_c, k_pe = program.project(t, t["x"], 0)
+        done = program.write(t, kv_c, k_pe, 0)
+        return [kv_c + done.sum() if how == "folded" else kv_c * 2]
+
+    if update == "unified":
+        FusionPass()
+    make = functools.partial(Inputs, device)
+    off, on = execute(fn, make, backend="eager"), execute(fn, make, backend="inductor", fuse=fuse)
+    assert_same(off, on)
+    assert [site.fused for site in on.report.sites] == [True] * (fuse is not None)
+
+
+def test_every_node_is_evaluated_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps before RoPE and after it that would double the work, one by one, of whoever forgets; and long ones."""
+    from latentkv.compile.elements import Elements
+
+    seen: Counter[tuple[int, str]] = Counter()
+    evaluate = Elements._evaluate
+
+    def counting(self: Elements, node: torch.fx.Node) -> Any:
+        seen[id(self), node.name] += 1
+        return evaluate(self, node)
+
+    def fn(t: Tensors) -> list[Tensor]:
+        q, kv_c, k_pe = parts(t)
+        for _ in range(60):
+            k_pe = k_pe + k_pe * 0.5
+        q, k_pe = turn_all(t, q, k_pe)
+        q_pe = q[..., D.p :]
+        for i in (8, 4, 2, 1):  # a Hadamard transform
+            a, b = q_pe.unflatten(-1, (-1, 2, i)).unbind(-2)
+            q_pe = torch.stack((a + b, a - b), -2).flatten(-3)
+        return finish(put(q, q_pe), kv_c, k_pe)
+
+    monkeypatch.setattr(Elements, "_evaluate", counting)
+    make = functools.partial(Inputs, device, activation="fp32", format="fp32")
+    off, on = execute(fn, make), execute(fn, make, fuse={})
+    assert_same(off, on)
+    assert seen and set(seen.values()) == {1}
+    assert [site.fused for site in on.report.sites] == [True]
 
 
 @pytest.mark.parametrize("program", SOME[:2], ids=str)

@@ -3,60 +3,78 @@
 Rotary embedding has dozens of spellings (chunk or strided slices, cat or stack, rotate_half, repeated tables, upcasts
 here or there), and one meaning. So the pass does not match spellings. It gives each element a 64-bit fingerprint of the
 expression that makes it: elements of a tensor that nothing is known about have arbitrary ones, views and
-concatenations move them, arithmetic mixes them. Two tensors are the same function of the same elements if their
+concatenations move them, RoPE's arithmetic mixes them. Two tensors are the same function of the same elements if their
 fingerprints agree, and to the last bit: the laws used (x * y = y * x, x + y = y + x, (-x) * y = -(x * y),
 x - y = x + (-y)) hold for every rounding, and each rounding to 16 bits is part of the expression.
 
-Only some rows (tokens) are looked at, but all of each. They stand for the rest because an op that treats rows
-differently, such as a slice or a concatenation along them, counts as unknown; so does one whose bounds are symbols. The
-number of rows may be a symbol: it takes its hint.
+One row (token) is looked at, and stands for all of them, however many: an op that treats rows differently, such as a
+slice or a concatenation along them, counts as unknown, as does one whose bounds are symbols. Of arithmetic only what
+RoPE is made of is known, an element times one of the table and the sum of two such products: all else makes new
+elements. So every node is evaluated once, from its inputs', and that is all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-Flat = NDArray[np.int64]  # elements of a tensor, by their number in row-major order
+from .graph import (
+    LIMIT,
+    Flat,
+    View,
+    closure,
+    expr_of,
+    is_rope,
+    is_tensor,
+    number,
+    numbers,
+    plain,
+    quotient,
+    root_of,
+)
+
 Ids = NDArray[np.uint64]
+Bytes = NDArray[np.uint8]
 
 aten, prims = torch.ops.aten, torch.ops.prims
-_DEPTH = 64  # of an expression; what lies deeper counts as unknown
+
+ANY, ANGLE, PRODUCT, TURNED = range(4)  # an element; one of the table; the product of such two; the sum of two of these
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Values:
-    """Fingerprints, and for each element the narrowest float dtype known to hold it (bytes 4: fp32)."""
+    """The elements of a row, in row-major order."""
 
-    ids: Ids
-    narrow: NDArray[np.uint8]  # an index into _DTYPES
+    ids: Ids  # their fingerprints
+    narrow: Bytes  # the narrowest float dtype known to hold each (bytes 4: fp32), an index into _DTYPES
+    kind: Bytes
 
-    @staticmethod
-    def empty(size: int) -> Values:
-        """So many, to be filled by :meth:`put`."""
-        return Values(np.empty(size, np.uint64), np.empty(size, np.uint8))
+    def take(self, at: Flat) -> Values:
+        """Some of them."""
+        return Values(self.ids[at], self.narrow[at], self.kind[at])
 
-    def put(self, at: Flat, values: Values) -> None:
-        """Fills in some."""
-        self.ids[at], self.narrow[at] = values.ids, values.narrow
+    def put(self, at: Flat, values: Values) -> Values:
+        """These with some replaced."""
+        changed = Values(self.ids.copy(), self.narrow.copy(), self.kind.copy())
+        changed.ids[at], changed.narrow[at], changed.kind[at] = values.ids, values.narrow, values.kind
+        return changed
 
-    def where(self, condition: NDArray[np.bool_], other: Values) -> Values:
-        """These values where the condition holds, elsewhere the others."""
-        return Values(np.where(condition, self.ids, other.ids), np.where(condition, self.narrow, other.narrow))
+    def are(self, kind: int) -> bool:
+        """Whether all are of a kind."""
+        return bool((self.kind == kind).all())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Values) and bool(np.array_equal(self.ids, other.ids))
-
-    __hash__ = None  # type: ignore[assignment]
+    def same(self, other: Values | None) -> bool:
+        """Whether the others are made as these are."""
+        return other is not None and np.array_equal(self.ids, other.ids)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,72 +85,13 @@ def _narrow(dtype: torch.dtype) -> int:
     return _DTYPES.index(dtype) if dtype in _DTYPES else _WIDER
 
 
-def hint(x: Any) -> int:
-    """The value of a size: an int, a SymInt, or a node that stands for one."""
-    if isinstance(x, Node):
-        x = x.meta["val"]
-    if isinstance(x, torch.SymInt):
-        expr = x.node.expr
-        return int(expr.xreplace({s: _symbol_hint(x, s) for s in expr.free_symbols}))
-    return int(x)
-
-
-def _symbol_hint(x: torch.SymInt, symbol: Any) -> int:
-    env = x.node.shape_env
-    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-    return int(values.get(symbol, 5))  # an unbacked size: any will do
-
-
-def number(x: Any) -> int | None:
-    """A size that is the same whatever sizes the graph will run with; None where it is a symbol."""
-    if isinstance(x, Node):
-        x = x.meta["val"]
-    x = expr_of(x)
-    return int(x) if isinstance(x, int) or x.is_number else None
-
-
-def expr_of(x: Any) -> Any:
-    """A size as a number or a symbolic expression: to compare sizes without a guard."""
-    return x.node.expr if isinstance(x, torch.SymInt) else x
-
-
-def shape_of(node: Node) -> tuple[int, ...]:
-    """The shape of a node's tensor, hints for symbols."""
-    return tuple(hint(s) for s in node.meta["val"].shape)
-
-
-def unravel(flat: Flat, shape: Sequence[int]) -> list[Flat]:
-    """The coordinates of elements of a tensor of that shape."""
-    return [np.asarray(c) for c in np.unravel_index(flat, tuple(max(s, 1) for s in shape))] if shape else []
-
-
-def ravel(coords: Sequence[Flat], shape: Sequence[int]) -> Flat:
-    """The numbers of the elements at these coordinates."""
-    flat: Any = np.zeros((), np.int64)
-    for c, size in zip(coords, shape, strict=True):
-        flat = flat * size + c
-    return np.asarray(flat, np.int64)
-
-
-def locate(
-    offsets: Flat, size: Sequence[int], stride: Sequence[int], offset: int
-) -> tuple[list[Flat], NDArray[np.bool_]]:
-    """The coordinates of what lies at these places of a storage in a tensor of that geometry, and whether it is there.
-
-    Its elements must not overlap, and the dimensions not interleave.
-    """
-    rest, inside = offsets - offset, offsets >= offset
-    coords: list[Flat] = [np.zeros_like(offsets)] * len(size)
-    for d in sorted((d for d, n in enumerate(size) if n != 1), key=lambda d: -stride[d]):
-        coords[d] = rest // max(stride[d], 1)
-        rest = rest - coords[d] * stride[d]
-        inside = inside & (coords[d] >= 0) & (coords[d] < size[d])
-    return [np.where(inside, c, 0) for c in coords], inside & (rest == 0)
+def _made(ids: Ids, narrow: int, kind: int) -> Values:
+    return Values(ids, np.full(ids.shape, narrow, np.uint8), np.full(ids.shape, kind, np.uint8))
 
 
 def _mix(tag: str, *parts: Ids) -> Ids:
     """A fingerprint of the parts, in their order (the finalizer of splitmix64, after each)."""
-    h: Any = np.uint64(zlib.crc32(tag.encode()))
+    h: Any = np.uint64(int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=8).digest(), "little"))
     with np.errstate(over="ignore"):
         for part in parts:
             h = (h ^ part) + np.uint64(0x9E3779B97F4A7C15)
@@ -152,113 +111,176 @@ def _signed(x: Ids, negative: NDArray[np.bool_]) -> Ids:
     return np.where(negative, np.negative(x), x)
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A tensor as rows: the first ``outer`` dimensions are those of N times ``shape[0]``."""
+
+    outer: int
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape)
+
+
 class Elements:
-    """Evaluates nodes of one graph to fingerprints.
+    """The fingerprints of the nodes of one graph, evaluated when they are first asked for.
 
     Args:
+        rows: N, the number of tokens.
         rounded: whether rounding to 16 bits is part of an expression. Without, tensors count as equal that real
             arithmetic makes equal.
-        rows: N, the number of tokens; None where rows do not matter.
-        leaves: nodes to take as unknown, whatever made them.
-        meanings: for nodes of other ops, what they compute: element numbers to values.
     """
 
-    def __init__(
-        self,
-        rounded: bool,
-        rows: Any = None,
-        leaves: frozenset[Node] = frozenset(),
-        meanings: dict[Node, Callable[[Elements, Flat], Values]] | None = None,
-    ) -> None:
-        self.rounded = rounded
-        self.rows = expr_of(rows)
-        self.leaves = leaves
-        self.meanings = meanings or {}
-        self._depth = 0
+    def __init__(self, rows: Any, rounded: bool = True) -> None:
+        self.rows, self.rounded = expr_of(rows), rounded
+        self._known: dict[Node, Values | None] = {}
+        self._forms: dict[Node, _Form | None] = {}
+        self._tables: dict[Any, Elements] = {}
 
-    def __call__(self, node: Node, flat: Flat) -> Values:
-        """The values of these elements of a node's tensor."""
-        if self._depth >= _DEPTH or node in self.leaves:
-            return self.leaf(node, flat)
-        self._depth += 1
-        try:
-            if (meaning := self.meanings.get(node)) is not None:
-                return meaning(self, flat)
-            if node.op == "call_function" and (handler := _handler(node)) is not None:
-                return handler(self, node, flat)
-            return self.leaf(node, flat)
-        finally:
-            self._depth -= 1
+    def known(self, node: Node) -> Values | None:
+        """What is known of a node's elements; None where they are new ones."""
+        if node not in self._known:
 
-    def within_rows(self, node: Node, dim: int) -> bool:
-        """Whether what happens along a dimension of a tensor happens within rows, the same in each."""
-        if self.rows is None:
-            return True
-        rows: Any = 1
-        for d, size in enumerate(node.meta["val"].shape):
-            if rows == self.rows:
-                return d <= dim
-            rows = rows * expr_of(size)
-        return False
+            def unseen(n: Node) -> Iterable[Node]:
+                return (i for i in n.all_input_nodes if i not in self._known) if is_transparent(n) else ()
 
-    def leaf(self, node: Node, flat: Flat) -> Values:
-        """Elements of which nothing is known but where they are."""
-        return self._known(node, _mix(f"leaf {node.name}", flat.astype(np.uint64)))
+            for n in sorted(closure([node], unseen)):
+                self._known[n] = self._evaluate(n)
+        return self._known[node]
 
-    def _known(self, node: Node, ids: Ids) -> Values:
-        val = node.meta.get("val")
-        dtype = val.dtype if isinstance(val, torch.Tensor) else torch.float32
-        return Values(ids, np.full(ids.shape, _narrow(dtype), np.uint8))
+    def values(self, node: Node, at: Flat | None = None) -> Values | None:
+        """A node's elements, or some of them; None where it is not made of rows."""
+        known, form = self.known(node), self.form(node)
+        if known is not None:
+            return known if at is None else known.take(at)
+        if form is None:
+            return None
+        numbered = np.arange(form.width) if at is None else at
+        return _made(_mix(f"element of {node.name}", numbered.astype(np.uint64)), _narrow(node.meta["val"].dtype), ANY)
+
+    def _evaluate(self, node: Node) -> Values | None:
+        handler = _HANDLERS.get(node.target) if node.op == "call_function" else None
+        form = self.form(node) if handler is not None else None
+        values = None if handler is None or form is None else handler(self, node)
+        return values if values is not None and form is not None and len(values.ids) == form.width else None
+
+    def form(self, node: Node) -> _Form | None:
+        """A node's tensor as rows; None where it does not consist of rows of a known width."""
+        if node not in self._forms:
+            self._forms[node] = self._form(node)
+        return self._forms[node]
+
+    def _form(self, node: Node) -> _Form | None:
+        if not is_tensor(node):
+            return None
+        sizes: list[Any] = [expr_of(s) for s in node.meta["val"].shape]
+        before: Any = 1
+        for outer in range(len(sizes) + 1):
+            times, rest = quotient(before, self.rows), numbers(sizes[outer:])
+            if times is not None:
+                form = None if rest is None else _Form(outer, (times, *rest))
+                return form if form is not None and form.width <= LIMIT else None
+            before = math.prod(sizes[: outer + 1])
+        return None
+
+    def axis(self, node: Node, dim: int) -> int | None:
+        """The dimension in the form of a node; None for those that count the rows."""
+        form = self.form(node)
+        return None if form is None or dim < form.outer else dim - form.outer + 1
+
+    def pick(self, node: Node, *index: Any) -> Values | None:
+        """Those of its elements that an index of the form picks."""
+        form = self.form(node)
+        if form is None:
+            return None
+        return self.values(node, np.arange(form.width).reshape(form.shape)[index].reshape(-1))
+
+    def spread(self, node: Node, over: Node) -> Values | None:
+        """A node's elements, broadcast to the shape of another."""
+        mine, other = self.form(node), self.form(over)
+        if mine is None or other is None or mine == other:
+            return self.values(node)
+        sizes, others = node.meta["val"].shape, over.meta["val"].shape
+        same = all(expr_of(a) == expr_of(b) for a, b in zip(sizes[: mine.outer], others, strict=False))
+        if len(sizes) != len(others) or mine.outer != other.outer or not same:
+            return None
+        at = np.arange(mine.width).reshape(mine.shape)
+        return self.values(node, np.broadcast_to(at, other.shape).reshape(-1))
+
+    def made_of_angles(self, graph: Graph) -> list[Node]:
+        """The nodes that something of a table, or turned by an op, goes into, in the graph's order."""
+        found: dict[Node, None] = {}
+        for node in graph.nodes:
+            fresh = is_rope(node) or is_lookup(node)
+            if (fresh or any(i in found for i in node.all_input_nodes)) and self._passes(node):
+                found[node] = None
+        return list(found)
+
+    def expression(self, node: Node) -> list[Node]:
+        """The nodes whose elements make those of this one, back to new ones, in the graph's order."""
+        return sorted(closure([node], lambda n: n.all_input_nodes if self._passes(n) else ()))
+
+    def consequences(self, node: Node) -> list[Node]:
+        """The nodes whose elements are made of this one's by what is known, in the graph's order."""
+        return sorted(closure([node], lambda n: filter(self._passes, n.users)) - {node})
+
+    def _passes(self, node: Node) -> bool:
+        return is_split(node) or is_rope(node) or self.known(node) is not None
+
+    # -- arithmetic
 
     def to(self, x: Values, dtype: torch.dtype) -> Values:
         """Converted to a dtype: rounded, unless it is known to hold the values already."""
         narrow = _narrow(dtype)
         if narrow == _WIDER:  # fp64 holds all that fp32 does; of anything else it is only known that it is a function
             ids = x.ids if dtype == torch.float64 else _mix(f"convert {dtype}", x.ids)
-            return Values(ids, np.full(ids.shape, _WIDER, np.uint8))
+            return replace(x, ids=ids, narrow=np.full(ids.shape, _WIDER, np.uint8))
         fits = (x.narrow == narrow) | ((narrow == _WIDE) & (x.narrow != _WIDER))
+        if fits.all():
+            return x
         size, negative = _unsigned(x.ids)
         rounded = _signed(_mix(f"round {dtype}", size), negative) if self.rounded else x.ids
-        return Values(np.where(fits, x.ids, rounded), np.where(fits, x.narrow, np.uint8(narrow)))
+        narrowed = np.where(fits, x.narrow, np.uint8(narrow))
+        return Values(np.where(fits, x.ids, rounded), narrowed, x.kind)
 
     def multiply(self, x: Values, y: Values, dtype: torch.dtype = torch.float32) -> Values:
         """The product, computed in fp32 (fp64 for it) and rounded to ``dtype``."""
         (a, s), (b, t) = _unsigned(x.ids), _unsigned(y.ids)
         product = _mix(f"multiply{self._wide(dtype)}", np.minimum(a, b), np.maximum(a, b))
-        return self._rounded(_signed(product, s ^ t), dtype)
+        return self.to(_made(_signed(product, s ^ t), _WIDE, PRODUCT), dtype)
 
     def add(self, x: Values, y: Values, dtype: torch.dtype = torch.float32) -> Values:
         """The sum, likewise."""
         total = _mix(f"add{self._wide(dtype)}", np.minimum(x.ids, y.ids), np.maximum(x.ids, y.ids))
-        return self._rounded(total, dtype)
+        return self.to(_made(total, _WIDE, TURNED), dtype)
 
     def negate(self, x: Values) -> Values:
         """-x."""
-        return Values(np.negative(x.ids), x.narrow)
-
-    def gather(self, table: Node, positions: Node, rows: Flat, columns: Flat) -> Values:
-        """Elements of rows of a table [max_position, C] at ``positions`` [N]."""
-        column = Elements(self.rounded)(table, columns)  # of the first row, which stands for all: see _uniform
-        return Values(_mix("gather", self(positions, rows).ids, column.ids), column.narrow)
+        return replace(x, ids=np.negative(x.ids))
 
     def _wide(self, dtype: torch.dtype) -> str:
         return " in fp64" if dtype == torch.float64 and self.rounded else ""
 
-    def _rounded(self, ids: Ids, dtype: torch.dtype) -> Values:
-        return self.to(Values(ids, np.full(ids.shape, _WIDE, np.uint8)), dtype)
+    def angles(self, table: Node, positions: Node) -> Values | None:
+        """A row of a table [max_position, C], the one at a row of ``positions`` [N]."""
+        size = expr_of(table.meta["val"].shape[0])
+        columns = self._tables.setdefault(size, Elements(size, self.rounded)).values(table)
+        if columns is None:
+            return None
+        ids = _mix(f"at {plain(positions).name}", columns.ids)
+        return Values(ids, columns.narrow, np.full(ids.shape, ANGLE, np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------- what ops compute
 
-Handler = Callable[[Elements, Node, Flat], Values]
+Handler = Callable[[Elements, Node], Values | None]
 _HANDLERS: dict[Any, Handler] = {}
 
 
-def _handler(node: Node) -> Handler | None:
-    return _HANDLERS.get(node.target)
+def means(*targets: Any) -> Callable[[Handler], Handler]:
+    """Registers what ops compute."""
 
-
-def _means(*targets: Any) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         _HANDLERS.update(dict.fromkeys(targets, handler))
         return handler
@@ -267,8 +289,209 @@ def _means(*targets: Any) -> Callable[[Handler], Handler]:
 
 
 def is_transparent(node: Node) -> bool:
-    """Whether something is known about how the node's elements follow from its inputs'."""
-    return node.op == "call_function" and (node.target in _HANDLERS or node.target in _SPLITS)
+    """Whether something may be known about how the node's elements follow from its inputs'."""
+    return node.op == "call_function" and (node.target in _HANDLERS or is_split(node) or is_rope(node))
+
+
+def _argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _dim(node: Node, index: int, of: Node) -> int:
+    rank: int = of.meta["val"].dim()
+    return int(_argument(node, index, "dim", 0)) % max(rank, 1)
+
+
+def _size(node: Node, dim: int) -> Any:
+    return expr_of(node.meta["val"].shape[dim])
+
+
+def _run(node: Node, whole: int | None, index: int) -> tuple[int, int] | None:
+    """Where a slice of so many starts, and its step."""
+    start, step = number(_argument(node, index, "start") or 0), number(_argument(node, index + 2, "step", 1))
+    if start is None or step is None or whole is None:
+        return None
+    return min(max(start + whole if start < 0 else start, 0), whole), step
+
+
+@means(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
+    aten.squeeze.dim, aten.squeeze.dims, aten.clone.default, aten.alias.default, aten.detach.default,
+)  # fmt: skip
+def _same(e: Elements, node: Node) -> Values | None:
+    return e.values(node.args[0])  # type: ignore[arg-type]
+
+
+@means(aten.as_strided.default)
+def _by_place(e: Elements, node: Node) -> Values | None:
+    root = root_of(node)
+    whole, part = (View.of(n.meta["val"]).row(e.rows) for n in (root, node))
+    at = None if whole is None or part is None or root is node else whole.index(part)
+    return None if at is None else e.values(root, at)
+
+
+@means(prims.convert_element_type.default, aten._to_copy.default)
+def _convert(e: Elements, node: Node) -> Values | None:
+    x: Any = node.args[0]
+    mine, given = node.meta["val"].dtype, x.meta["val"].dtype
+    widened = mine == given or (given in _DTYPES[1:] and mine in (torch.float32, torch.float64))
+    if e.known(x) is None and e.rounded and not widened:
+        return None  # what is rounded before anything else happens to it may as well be called new
+    values = e.values(x)
+    return None if values is None else e.to(values, mine)
+
+
+@means(aten.copy.default)
+def _copy(e: Elements, node: Node) -> Values | None:
+    values = e.spread(node.args[1], node)  # type: ignore[arg-type]
+    return None if values is None else e.to(values, node.meta["val"].dtype)
+
+
+@means(aten.expand.default)
+def _expand(e: Elements, node: Node) -> Values | None:
+    return e.spread(node.args[0], node)  # type: ignore[arg-type]
+
+
+@means(aten.permute.default, aten.transpose.int)
+def _permute(e: Elements, node: Node) -> Values | None:
+    x: Any = node.args[0]
+    order, form = list(range(x.meta["val"].dim())), e.form(x)
+    if node.target is aten.transpose.int:
+        i, j = (int(d) % len(order) for d in node.args[1:3])  # type: ignore[arg-type]
+        order[i], order[j] = order[j], order[i]
+    else:
+        order = [int(d) % len(order) for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+    if form is None or order[: form.outer] != list(range(form.outer)):
+        return None
+    axes = [0, *(d - form.outer + 1 for d in order[form.outer :])]
+    return e.values(x, np.arange(form.width).reshape(form.shape).transpose(axes).reshape(-1))
+
+
+@means(aten.slice.Tensor)
+def _slice(e: Elements, node: Node) -> Values | None:
+    x: Any = node.args[0]
+    dim = _dim(node, 1, x)
+    axis, run, count = e.axis(x, dim), _run(node, number(_size(x, dim)), 2), number(_size(node, dim))
+    if _size(node, dim) == _size(x, dim):
+        return e.values(x)
+    if axis is None or run is None or count is None:
+        return None
+    start, step = run
+    return e.pick(x, *[slice(None)] * axis, slice(start, start + count * step, step))
+
+
+@means(aten.select.int)
+def _select(e: Elements, node: Node) -> Values | None:
+    x: Any = node.args[0]
+    dim = _dim(node, 1, x)
+    axis, at = e.axis(x, dim), number(node.args[2])
+    return None if axis is None or at is None else e.pick(x, *[slice(None)] * axis, at)
+
+
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+
+
+def is_split(node: Node) -> bool:
+    """Whether the node is a list of the parts of a tensor."""
+    return node.target in _SPLITS
+
+
+def split_part(e: Elements, node: Node) -> Values | None:
+    """A part of a split."""
+    split, part = node.args
+    assert isinstance(split, Node) and isinstance(part, int)
+    x: Any = split.args[0]
+    dim, sizes = _dim(split, 2, x), split.args[1]
+    axis = e.axis(x, dim)
+    if split.target is aten.split.Tensor:
+        sizes = [sizes] * (part + 1)
+    before, count = numbers(sizes[:part]), number(_size(node, dim))  # type: ignore[index,arg-type]
+    if axis is None or before is None or count is None:
+        return None
+    return e.pick(x, *[slice(None)] * axis, slice(sum(before), sum(before) + count))
+
+
+@means(aten.repeat.default)
+def _repeat(e: Elements, node: Node) -> Values | None:
+    x: Any = node.args[0]
+    form, times = e.form(x), numbers(node.args[1])  # type: ignore[arg-type]
+    if form is None or times is None or len(times) != x.meta["val"].dim() or any(n != 1 for n in times[: form.outer]):
+        return None
+    at = np.arange(form.width).reshape(form.shape)
+    return e.values(x, np.tile(at, [1, *times[form.outer :]]).reshape(-1))
+
+
+@means(aten.cat.default)
+def _cat(e: Elements, node: Node) -> Values | None:
+    parts: Any = node.args[0]
+    axis, whole = e.axis(node, _dim(node, 1, node)), e.form(node)
+    made, places, total = [], [], 0
+    for x in parts:
+        values, form = e.values(x), e.form(x)
+        if values is None or form is None or whole is None or axis is None or form.outer != whole.outer:
+            return None
+        made.append(e.to(values, node.meta["val"].dtype))
+        places.append((np.arange(form.width) + total).reshape(form.shape))
+        total += form.width
+    at = np.concatenate(places, axis).reshape(-1)
+    return Values(*(np.concatenate([getattr(v, name) for v in made]) for name in ("ids", "narrow", "kind"))).take(at)
+
+
+@means(aten.slice_scatter.default)
+def _slice_scatter(e: Elements, node: Node) -> Values | None:
+    x, src = node.args[:2]
+    assert isinstance(x, Node) and isinstance(src, Node)
+    dim = _dim(node, 2, node)
+    axis, run, count = e.axis(node, dim), _run(node, number(_size(node, dim)), 3), number(_size(src, dim))
+    source, values, form = e.values(src), e.values(x), e.form(node)
+    if source is None or values is None or form is None:
+        return None
+    source = e.to(source, node.meta["val"].dtype)
+    if _size(src, dim) == _size(node, dim):
+        return source
+    if axis is None or run is None or count is None:
+        return None
+    start, step = run
+    index = *[slice(None)] * axis, slice(start, start + count * step, step)
+    return values.put(np.arange(form.width).reshape(form.shape)[index].reshape(-1), source)
+
+
+@means(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
+def _arithmetic(e: Elements, node: Node) -> Values | None:
+    """What RoPE does: an element times one of the table, and the sum of two such products."""
+    operands = [x for x in node.args[:2] if isinstance(x, Node) and is_tensor(x)]
+    dtype = node.meta["val"].dtype
+    if len(operands) < 2 or not dtype.is_floating_point or node.kwargs.get("alpha", 1) != 1:
+        return None
+    known = [e.known(x) for x in operands]
+    if node.target is aten.mul.Tensor:
+        fitting = sum(v is not None and v.are(ANGLE) for v in known) == 1
+    else:
+        fitting = all(v is not None and v.are(PRODUCT) for v in known)
+    x, y = (e.spread(x, node) if fitting else None for x in operands)
+    if x is None or y is None:
+        return None
+    if node.target is aten.mul.Tensor:
+        free = y if x.are(ANGLE) else x
+        return e.multiply(x, y, dtype) if not (free.kind == PRODUCT).any() else None
+    return e.add(x, y if node.target is aten.add.Tensor else e.negate(y), dtype)
+
+
+@means(aten.neg.default)
+def _neg(e: Elements, node: Node) -> Values | None:
+    values = e.values(node.args[0])  # type: ignore[arg-type]
+    return None if values is None else e.negate(values)
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+_GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
+
+
+@means(*_GATHERS)
+def _rows(e: Elements, node: Node) -> Values | None:
+    found = gathered(node)
+    return None if found is None or _size(found[1], 0) != e.rows else e.angles(*found)
 
 
 def is_lookup(node: Node) -> bool:
@@ -276,218 +499,10 @@ def is_lookup(node: Node) -> bool:
     return node.op == "call_function" and node.target in _GATHERS
 
 
-def is_gather(node: Node) -> bool:
-    """Whether the node picks rows of a table [max_position, C] by positions [N]."""
-    return is_lookup(node) and _gathered(node) is not None
-
-
-def gathered(node: Node) -> tuple[Node, Node]:
-    """Of such a node: the table and the positions."""
-    found = _gathered(node)
-    assert found is not None
-    return found
-
-
-def table_chain(table: Node) -> list[Node]:
-    """The table and what it is a run of columns (or another dtype) of, the last of these first."""
-    chain = [table]
-    while (parent := _column_parent(chain[0])) is not None:
-        chain.insert(0, parent)
-    return chain
-
-
-def _argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def _dim(node: Node, index: int, rank: int, default: int = 0) -> int:
-    return hint(_argument(node, index, "dim", default)) % max(rank, 1)
-
-
-def _clamped(bound: Any, size: int, default: int) -> int:
-    value = default if bound is None else hint(bound)
-    return min(max(value + size if value < 0 else value, 0), size)
-
-
-def _broadcast(flat: Flat, shape: Sequence[int], source: Sequence[int]) -> Flat:
-    """The elements of a tensor of shape ``source`` that those of its expansion to ``shape`` are."""
-    coords = unravel(flat, shape)[len(shape) - len(source) :]
-    return ravel([c if size != 1 else c * 0 for c, size in zip(coords, source, strict=True)], source) + flat * 0
-
-
-def _operand(e: Elements, node: Node, x: Any, flat: Flat) -> Values:
-    if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor):
-        return e(x, _broadcast(flat, shape_of(node), shape_of(x)))
-    number = x.meta["val"] if isinstance(x, Node) else x
-    return Values(_mix(f"number {number}", flat.astype(np.uint64) * np.uint64(0)), np.full(flat.shape, _WIDE, np.uint8))
-
-
-@_means(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.clone.default, aten.alias.default, aten.detach.default,
-)  # fmt: skip
-def _same(e: Elements, node: Node, flat: Flat) -> Values:
-    return e(node.args[0], flat)  # type: ignore[arg-type]
-
-
-@_means(prims.convert_element_type.default, aten._to_copy.default)
-def _convert(e: Elements, node: Node, flat: Flat) -> Values:
-    return e.to(e(node.args[0], flat), node.meta["val"].dtype)  # type: ignore[arg-type]
-
-
-@_means(aten.copy.default)
-def _copy(e: Elements, node: Node, flat: Flat) -> Values:
-    return e.to(_operand(e, node, node.args[1], flat), node.meta["val"].dtype)
-
-
-@_means(aten.expand.default)
-def _expand(e: Elements, node: Node, flat: Flat) -> Values:
-    return _operand(e, node, node.args[0], flat)
-
-
-@_means(aten.permute.default, aten.transpose.int)
-def _permute(e: Elements, node: Node, flat: Flat) -> Values:
-    x: Any = node.args[0]
-    source, order = shape_of(x), list(range(len(shape_of(x))))
-    if node.target is aten.transpose.int:
-        i, j = (hint(d) % len(source) for d in node.args[1:3])
-        order[i], order[j] = order[j], order[i]
-    else:
-        order = [hint(d) % len(source) for d in node.args[1]]  # type: ignore[union-attr]
-    moved = [d for d, o in enumerate(order) if d != o]
-    if not all(e.within_rows(x, d) for d in moved):
-        return e.leaf(node, flat)
-    coords: list[Any] = [None] * len(source)
-    for d, c in zip(order, unravel(flat, shape_of(node)), strict=True):
-        coords[d] = c
-    return e(x, ravel(coords, source))
-
-
-@_means(aten.slice.Tensor)
-def _slice(e: Elements, node: Node, flat: Flat) -> Values:
-    x: Any = node.args[0]
-    source, coords = shape_of(x), unravel(flat, shape_of(node))
-    dim, step = _dim(node, 1, len(source)), hint(_argument(node, 4, "step", 1))
-    if expr_of(node.meta["val"].shape[dim]) == expr_of(x.meta["val"].shape[dim]):
-        return e(x, flat)
-    bounds = (x.meta["val"].shape[dim], node.meta["val"].shape[dim], _argument(node, 2, "start") or 0, step)
-    if not e.within_rows(x, dim) or None in map(number, bounds):
-        return e.leaf(node, flat)
-    coords[dim] = _clamped(_argument(node, 2, "start"), source[dim], 0) + coords[dim] * step
-    return e(x, ravel(coords, source))
-
-
-@_means(aten.select.int)
-def _select(e: Elements, node: Node, flat: Flat) -> Values:
-    x: Any = node.args[0]
-    source, coords = shape_of(x), unravel(flat, shape_of(node))
-    dim = _dim(node, 1, len(source))
-    if not e.within_rows(x, dim) or None in map(number, (x.meta["val"].shape[dim], node.args[2])):
-        return e.leaf(node, flat)
-    coords.insert(dim, np.full_like(flat, hint(node.args[2]) % source[dim]))
-    return e(x, ravel(coords, source))
-
-
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
-
-
-@_means(operator.getitem)
-def _part(e: Elements, node: Node, flat: Flat) -> Values:
-    split: Any = node.args[0]
-    if split.target not in _SPLITS:
-        return e.leaf(node, flat)
-    x, part = split.args[0], hint(node.args[1])
-    source, coords = shape_of(x), unravel(flat, shape_of(node))
-    dim, size = _dim(split, 2, len(source)), split.args[1]
-    if not e.within_rows(x, dim) or None in map(number, size if isinstance(size, list | tuple) else [size]):
-        return e.leaf(node, flat)
-    before = part * hint(size) if split.target is aten.split.Tensor else sum(hint(s) for s in size[:part])
-    coords[dim] = coords[dim] + before
-    return e(x, ravel(coords, source))
-
-
-@_means(aten.repeat.default)
-def _repeat(e: Elements, node: Node, flat: Flat) -> Values:
-    x: Any = node.args[0]
-    source = shape_of(x)
-    repeats: Any = node.args[1]
-    if None in map(number, repeats) or any(n != 1 and not e.within_rows(node, d) for d, n in enumerate(repeats)):
-        return e.leaf(node, flat)
-    coords = unravel(flat, shape_of(node))
-    coords = coords[len(coords) - len(source) :]
-    return e(x, ravel([c % size for c, size in zip(coords, source, strict=True)], source) + flat * 0)
-
-
-@_means(aten.cat.default)
-def _cat(e: Elements, node: Node, flat: Flat) -> Values:
-    parts: Any = node.args[0]
-    coords = unravel(flat, shape_of(node))
-    dim = _dim(node, 1, len(coords))
-    if not e.within_rows(node, dim) or any(number(x.meta["val"].shape[dim]) is None for x in parts):
-        return e.leaf(node, flat)
-    result, before = Values.empty(len(flat)), 0
-    for x in parts:
-        source = shape_of(x)
-        (own,) = np.nonzero((coords[dim] >= before) & (coords[dim] < before + source[dim]))
-        if len(own):
-            inside = [c[own] - (before if d == dim else 0) for d, c in enumerate(coords)]
-            result.put(own, e.to(e(x, ravel(inside, source)), node.meta["val"].dtype))
-        before += source[dim]
-    return result
-
-
-@_means(aten.slice_scatter.default)
-def _slice_scatter(e: Elements, node: Node, flat: Flat) -> Values:
-    x, src = node.args[:2]
-    assert isinstance(x, Node) and isinstance(src, Node)
-    shape, coords = shape_of(node), unravel(flat, shape_of(node))
-    dim, step = _dim(node, 2, len(shape)), hint(_argument(node, 5, "step", 1))
-    if expr_of(src.meta["val"].shape[dim]) == expr_of(node.meta["val"].shape[dim]):
-        return e.to(e(src, flat), node.meta["val"].dtype)
-    bounds = (node.meta["val"].shape[dim], src.meta["val"].shape[dim], _argument(node, 3, "start") or 0, step)
-    if not e.within_rows(node, dim) or None in map(number, bounds):
-        return e.leaf(node, flat)
-    start = _clamped(_argument(node, 3, "start"), shape[dim], 0)
-    stop = _clamped(_argument(node, 4, "end"), shape[dim], shape[dim])
-    at = coords[dim] - start
-    inside = (at >= 0) & (coords[dim] < stop) & (at % step == 0)
-    result = Values.empty(len(flat))
-    for (own,), source in ((np.nonzero(inside), src), (np.nonzero(~inside), x)):
-        if len(own):
-            at_own = [c[own] if d != dim or source is x else at[own] // step for d, c in enumerate(coords)]
-            result.put(own, e.to(e(source, ravel(at_own, shape_of(source))), node.meta["val"].dtype))
-    return result
-
-
-@_means(aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
-def _arithmetic(e: Elements, node: Node, flat: Flat) -> Values:
-    x, y = (_operand(e, node, a, flat) for a in node.args[:2])
-    dtype = node.meta["val"].dtype
-    if not dtype.is_floating_point or node.kwargs.get("alpha", 1) != 1:
-        return e.leaf(node, flat)
-    if node.target is aten.mul.Tensor:
-        return e.multiply(x, y, dtype)
-    return e.add(x, y if node.target is aten.add.Tensor else e.negate(y), dtype)
-
-
-@_means(aten.neg.default)
-def _neg(e: Elements, node: Node, flat: Flat) -> Values:
-    return e.negate(e(node.args[0], flat))  # type: ignore[arg-type]
-
-
-_GATHERS = (aten.index.Tensor, aten.index_select.default, aten.embedding.default)
-
-
-@_means(*_GATHERS)
-def _rows(e: Elements, node: Node, flat: Flat) -> Values:
-    found = _gathered(node)
-    if found is None:
-        return e.leaf(node, flat)
-    row, column = unravel(flat, shape_of(node))
-    return e.gather(*found, row, column)
-
-
-def _gathered(node: Node) -> tuple[Node, Node] | None:
+def gathered(node: Node) -> tuple[Node, Node] | None:
+    """The table and the positions, of a node that picks rows of a table [max_position, C] by positions [N]."""
+    if not is_lookup(node):
+        return None
     if node.target is aten.index.Tensor:
         indices: Any = node.args[1]
         table, positions = node.args[0], indices[0] if len(indices) == 1 else None
@@ -500,7 +515,15 @@ def _gathered(node: Node) -> tuple[Node, Node] | None:
     t, p = table.meta["val"], positions.meta["val"]
     if t.dim() != 2 or p.dim() != 1 or not t.dtype.is_floating_point or p.dtype not in (torch.int32, torch.int64):
         return None
-    return (table, positions) if _uniform(table) else None
+    return table, positions
+
+
+def table_chain(table: Node) -> list[Node]:
+    """The table and what it is a run of columns (or another dtype) of, the last of these first."""
+    chain = [table]
+    while (parent := _column_parent(chain[0])) is not None:
+        chain.insert(0, parent)
+    return chain
 
 
 def _column_parent(node: Node) -> Node | None:
@@ -508,23 +531,8 @@ def _column_parent(node: Node) -> Node | None:
     parent: Any = node.args[0] if node.op == "call_function" and node.args else None
     if node.target in (prims.convert_element_type.default, aten._to_copy.default, aten.alias.default):
         return parent  # type: ignore[no-any-return]
-    if node.target is aten.slice.Tensor and _dim(node, 1, 2) == 1:
+    if node.target is aten.slice.Tensor and _dim(node, 1, node) == 1:
         return parent  # type: ignore[no-any-return]
-    if node.target is operator.getitem and parent.target in _SPLITS and _dim(parent, 2, 2) == 1:
+    if node.target is operator.getitem and is_split(parent) and _dim(parent, 2, node) == 1:
         return parent.args[0]  # type: ignore[no-any-return]
     return None
-
-
-def _uniform(table: Node) -> bool:
-    """Whether every row of the table is made like its first: nothing is known about its origin but columns, dtype."""
-    origin = table_chain(table)[0]
-    return len(origin.meta["val"].shape) == 2 and not is_transparent(origin)
-
-
-def row_samples(shape: Sequence[int]) -> Flat:
-    """All elements of the rows (of the first dimension) to look at: the first and the last."""
-    if not shape:
-        return np.zeros(1, np.int64)
-    rows = np.unique(np.clip(np.array([0, shape[0] - 1], np.int64), 0, None))
-    width = math.prod(shape[1:])
-    return np.asarray((rows[:, None] * width + np.arange(width)[None]).reshape(-1), np.int64)

@@ -15,6 +15,7 @@ What stands in the way raises ``Unfused`` before anything has changed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,35 +29,36 @@ from ..cache.layouts import FORMATS
 from ..cache.platform import Platform
 from ..ops.checks import ACTIVATIONS
 from . import known_ops
-from .elements import gathered, hint, is_gather, is_lookup, number, table_chain
+from .elements import gathered, is_lookup, is_transparent, table_chain
 from .graph import (
     FUNCTIONALIZED,
     META_ONLY,
     View,
     call_of,
     closure,
-    consequences_of,
     erase_dead,
-    expression_of,
+    expr_of,
     fake_like,
     fake_result,
     has_side_effects,
     is_rope,
     is_tensor,
     mutated_view,
+    number,
     op_name,
     parent_of,
-    plain,
     refresh_views,
     root_of,
+    shape_text,
     shares_storage,
+    sort_between,
     source_line,
     text_of,
     views_of,
 )
 from .known_ops import UPDATE_OPS, UpdateOp
 from .report import Reason, Site, Unfused
-from .rotation import Rotation, find_rotation, rotates_a_key, rotations_of
+from .rotation import Finder, Rotation, rotates_a_key, rotations_of
 from .storage import State, Storage, origins
 
 aten = torch.ops.aten
@@ -122,12 +124,10 @@ class _Plan:
     q: Rotation
     k: Rotation
     format_and_scale: tuple[str, Any] | None
+    storages: list[Storage]
     old: list[tuple[Node, Node]] = field(default_factory=list)  # a reader and the tensor it reads, to stay with the old
     new: list[tuple[Node, Node]] = field(default_factory=list)  # the same, to go to the new storage
-    storages: list[Storage] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.storages = [Storage(root, (self.q, self.k)) for root in dict.fromkeys((self.q.root, self.k.root))]
+    last: Node = field(init=False)  # of what the fused op is computed from
 
 
 class _Fuser:
@@ -136,12 +136,16 @@ class _Fuser:
     def __init__(self, graph: Graph, allow_rounding: bool) -> None:
         self.graph, self.allow_rounding = graph, allow_rounding
         self.taken: set[Node] = set()  # queries that belong to a site already
+        self._finders: dict[Any, Finder] = {}  # by N
+        self._queries: dict[Any, dict[Node, int]] = {}  # by N, what may be a query, and its place in the graph
 
     def run(self) -> list[Site]:
         """Fuses what can be fused, and says what became of every site."""
-        refresh_views(self.graph)
-        sites, updates = [], list(self._updates())
+        updates = list(self._updates())
         ropes = [node for node in self.graph.nodes if is_rope(node)]
+        if updates:
+            refresh_views(self.graph.nodes)
+        sites = []
         keys: set[Node] = set()  # rope ops that lead to an update
         for update in updates:
             rope = None
@@ -164,59 +168,65 @@ class _Fuser:
             if op is not None and (op.layer or node.target in FUNCTIONALIZED):
                 yield _Update(node, name, op)
 
+    def _finder(self, rows: Any) -> Finder:
+        return self._finders.setdefault(expr_of(rows), Finder(rows))
+
     def _key(self, update: _Update) -> Rotation:
         """The rotation that makes k_pe."""
         k_pe = update.k_pe
         val = k_pe.meta["val"]
-        if val.dim() not in (2, 3) or (val.dim() == 3 and hint(val.shape[1]) != 1):
-            raise Unfused(Reason.SHAPE, f"k_pe is {[hint(s) for s in val.shape]}")
-        rotation = find_rotation(k_pe)
-        if rotation is None:
+        if val.dim() not in (2, 3) or (val.dim() == 3 and number(val.shape[1]) != 1):
+            raise Unfused(Reason.SHAPE, f"k_pe is {shape_text(k_pe)}")
+        finder = self._finder(val.shape[0])
+        rotation = finder.rotation_of(k_pe)
+        if rotation is None or rotation.root._erased:
             self._explain(k_pe)
         return rotation
 
     def _explain(self, k_pe: Node) -> NoReturn:
         """Why no rotation was found."""
-        expression = expression_of(k_pe)
-        rows = [node for node in expression if is_gather(node)]
+        expression = sorted(closure([k_pe], lambda n: n.all_input_nodes if is_transparent(n) else ()))
+        rows = [found for found in map(gathered, expression) if found is not None]
         for node in filter(is_lookup, expression):
-            if node not in rows:
+            if gathered(node) is None:
                 raise Unfused(Reason.SHAPE, f"{text_of(node)}: not a table [max_position, R] by positions [N]")
-        if not rows and not any(map(is_rope, expression)):
+        ropes = list(filter(is_rope, expression))
+        for node in ropes:
+            rotations_of(node)
+        if not rows and not ropes:
             if any(node.target is aten.mul.Tensor for node in expression):
                 raise Unfused(Reason.TABLE, "cos and sin are computed")
             origin = expression[0] if len(expression) == 1 else root_of(k_pe)
             if origin.op == "placeholder":
                 raise Unfused(Reason.PARTITIONED, origin.name)
             raise Unfused(Reason.NO_ROPE, f"k_pe comes from {text_of(origin)}")
-        width = hint(k_pe.meta["val"].shape[-1])
-        tables = [[hint(t.meta["val"].shape[1]) for t in table_chain(gathered(node)[0])] for node in rows]
-        origins = {table_chain(gathered(node)[0])[0] for node in rows}
-        if rows and (len(origins) > 1 or not any(width in chain for chain in tables)):
-            raise Unfused(Reason.TABLE, ", ".join(sorted(node.name for node in origins)))
+        width = number(k_pe.meta["val"].shape[-1])
+        chains = [table_chain(table) for table, _ in rows]
+        tables = {chain[0].name for chain in chains}
+        fits = any(width == number(t.meta["val"].shape[1]) for chain in chains for t in chain)
+        if rows and (len(tables) > 1 or not fits):
+            raise Unfused(Reason.TABLE, ", ".join(sorted(tables)))
         raise Unfused(Reason.NO_ROPE)
 
     def _query(self, update: _Update, k: Rotation) -> Rotation:
         """The query that is rotated as the key is, and nearest to it."""
-        after = closure([update.node], lambda n: n.users)
-        place = {node: i for i, node in enumerate(self.graph.nodes)}
-        found: list[Node] = []
-        if k.op == "PyTorch":
-            rows = [n for n in self.graph.nodes if is_gather(n) and plain(gathered(n)[1]) is k.positions]
-            made = {n for row in rows for n in consequences_of(row)}
-            dtype = k.root.meta["val"].dtype
-            found = [n for n in made if is_tensor(n) and n.meta["val"].dim() == 3 and n.meta["val"].dtype == dtype]
-        ropes = [n for n in self.graph.nodes if is_rope(n)]
-        for node in sorted((*found, *ropes), key=lambda n: abs(place[n] - place[k.node])):
-            if node in after or node in self.taken:
+        rows = k.view.size[0]
+        finder = self._finder(rows)
+        if expr_of(rows) not in self._queries:
+            made = finder.exact.made_of_angles(self.graph)
+            self._queries[expr_of(rows)] = {
+                node: i for i, node in enumerate(made) if is_rope(node) or (is_tensor(node) and finder.is_turned(node))
+            }
+        place = self._queries[expr_of(rows)]
+        for node in sorted(place, key=lambda n: abs(place[n] - place.get(k.node, 0))):
+            if node in self.taken or node._erased or _follows(node, update.node):
                 continue
-            if node in ropes:
-                try:
+            rotations: list[Rotation] = []
+            if is_rope(node):
+                with contextlib.suppress(Unfused):
                     rotations = rotations_of(node)
-                except Unfused:
-                    continue
-            else:
-                rotations = [r for r in [find_rotation(node, like=k)] if r is not None]
+            elif node.meta["val"].dim() == 3 and node.meta["val"].dtype == k.root.meta["val"].dtype:
+                rotations = [r for r in [finder.rotation_of(node)] if r is not None and not r.root._erased]
             for rotation in rotations:
                 if k.same_angles(rotation) and (rotation.root, rotation.view) != (k.root, k.view):
                     return rotation
@@ -230,11 +240,13 @@ class _Fuser:
         _check_dtypes(update, q, k)
         if not (k.exact and q.exact) and not self.allow_rounding:
             raise Unfused(Reason.ROUNDING, k.op)
+        e = self._finder(k.view.size[0]).elements(k.exact and q.exact)
         why: Unfused | None = None
-        for pair in itertools.product(origins(q), origins(k)):
+        for pair in itertools.product(origins(q, e), origins(k, e)):
             try:
-                plan = _Plan(update, *pair, format_and_scale)
-                self._check_views(plan)
+                _check_views(*pair, e.rows)
+                storages = [Storage(root, pair, e) for root in dict.fromkeys(rotation.root for rotation in pair)]
+                plan = _Plan(update, *pair, format_and_scale, storages)
                 self._readers(plan)
                 return plan
             except Unfused as error:
@@ -242,29 +254,15 @@ class _Fuser:
         assert why is not None
         raise why
 
-    def _check_views(self, plan: _Plan) -> None:
-        for name, node in (("positions", plan.k.positions), ("cos_sin_cache", plan.k.table)):
-            if hint(node.meta["val"].stride(-1)) != 1 and hint(node.meta["val"].shape[-1]) > 1:
-                raise Unfused(Reason.SHAPE, f"{name} whose elements do not follow one another")
-        if plan.q.root is plan.k.root and not plan.q.view.apart(plan.k.view):
-            raise Unfused(Reason.OTHER_USER, "the key is a part of the query")
-        for rotation in (plan.q, plan.k):
-            if not rotation.view.distinct:
-                raise Unfused(Reason.SHAPE, "heads that share their memory cannot be rotated in place")
-            if hint(rotation.view.stride[2]) != 1:
-                raise Unfused(Reason.SHAPE, f"elements of a head {hint(rotation.view.stride[2])} apart")
-            if not rotation.view.fixed(rotation.view.size[0]):
-                raise Unfused(Reason.SHAPE, "heads whose place is a symbol: only the number of tokens may be one")
-            if shares_storage(rotation.root):
-                raise Unfused(Reason.SHAPE, f"{rotation.root.name} is a view as another dtype")
-
     def _readers(self, plan: _Plan) -> None:
         """Who reads the storages of q and k, before and after; checks that all of it can be put in order."""
-        update = plan.update
+        update, at = plan.update, plan.update.node
         family = {node: storage for storage in plan.storages for node in storage.family}
         copies = {node for storage in plan.storages for node in storage.copies}
-        place = {node: i for i, node in enumerate(self.graph.nodes)}
-        own = {update.node, *(u for u in update.node.users if u.target is operator.getitem)}
+        own = {at, *(u for u in at.users if u.target is operator.getitem)}
+        gone = {*family, *copies, *own}
+        roots = [storage.root for storage in plan.storages]
+        first, last = min(roots), max(gone)
 
         # Before: all that the fused op is computed from. It may read what the rotation leaves alone.
         def inputs(reader: Node, nodes: Iterable[Node]) -> Iterator[Node]:
@@ -277,28 +275,35 @@ class _Fuser:
                     yield storage.root
                 elif node in own or node in copies:
                     raise Unfused(Reason.DEPENDENCE, text_of(node))
-                else:
+                elif not node < first:
                     yield node
 
-        roots = [storage.root for storage in plan.storages]
         given = [update.kv_c, *update.others, plan.k.positions, plan.k.table, *roots]
-        before = closure(inputs(update.node, given), lambda n: inputs(n, n.all_input_nodes))
+        before = closure(inputs(at, given), lambda n: inputs(n, n.all_input_nodes))
+        plan.last = max(before)
 
         # After: all that is alive once every member of the families has its place in the new storage.
-        def alive(node: Node) -> Iterable[Node]:
-            return (n for n in node.all_input_nodes if not (n in family or n in copies or n in own))
+        def alive(reader: Node) -> bool:
+            def users(n: Node) -> Iterable[Node]:
+                return () if last < n else (u for u in n.users if u not in gone)
 
-        live = closure((n for n in self.graph.nodes if n.op == "output" or n.is_impure()), alive)
+            return any(last < n or n.op == "output" or n.is_impure() for n in closure([reader], users))
+
+        apart: list[tuple[Node, Node]] = []
         for node, storage in family.items():
             for reader in node.users:
                 written = reader.target is aten.copy_.default and reader.args[0] is node
-                if reader in family or reader in own or reader not in live or written:
+                if reader in gone or written or not alive(reader):
                     continue
                 if reader.target in META_ONLY:
                     plan.old.append((reader, node))
-                elif reader not in before and storage.state(node) in (State.NEW, State.APART):
+                elif reader in before:
+                    continue
+                elif (state := storage.state(node)) is State.APART:
+                    apart.append((reader, node))
+                elif state is State.NEW:
                     plan.new.append((reader, node))
-                elif reader not in before:
+                else:
                     raise Unfused(Reason.OTHER_USER, text_of(reader))
         for storage in plan.storages:
             _check_input(storage)
@@ -309,20 +314,27 @@ class _Fuser:
                     raise Unfused(Reason.SHAPE, f"the strides of {node.name} would change, and are seen")
 
         # The order: the update stays where it is; what needs the rotated values moves behind it, if it was before.
-        moved = closure((*copies, *(reader for reader, _ in plan.new)), lambda n: n.users)
-        last = max(place[n] for n in before)
-        for node in live:
-            at = place[node]
-            across = (node in moved and at < place[update.node]) or place[update.node] < at < last
-            if across and has_side_effects(node):
+        start = (*copies, *(reader for reader, _ in plan.new))
+        moved = closure((n for n in start if n < at), lambda n: (u for u in n.users if u < at)) - gone
+        for reader, node in apart:  # what need not move stays
+            (plan.old if reader < at and reader not in moved else plan.new).append((reader, node))
+        caches = {view for base in update.used_caches for view in views_of(root_of(base))}
+        for node in moved:
+            if has_side_effects(node) and alive(node):
+                raise Unfused(Reason.SIDE_EFFECT, text_of(node))
+            if any(n in caches for n in node.all_input_nodes) and node not in caches and alive(node):
+                raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update")
+        node = at
+        while node < plan.last:
+            node = node.next
+            if node not in gone and has_side_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
 
     # -- the change
 
     def _fuse(self, plan: _Plan) -> None:
-        from torch._inductor.pattern_matcher import stable_topological_sort
-
         update, storages = plan.update, plan.storages
+        changed = [reader for reader, _ in (*plan.old, *plan.new)]
         with self.graph.inserting_before(update.node):
             twins = {view: view for storage in storages for view in storage.views}
             for reader, node in plan.old:
@@ -331,20 +343,29 @@ class _Fuser:
             twins = {storage.root: self._part(fused, 1 + i) for i, storage in enumerate(storages)}
             for storage in storages:
                 for node, member in storage.copies.items():
+                    changed += node.users
                     self._replace(node, self._twin(member, storages, twins))
             for reader, node in plan.new:
                 reader.replace_input_with(node, self._twin(node, storages, twins))
             caches = [self._part(fused, 1 + len(storages) + i) for i in range(len(update.used_caches))]
-            if update.op.layer:
-                update.node.replace_all_uses_with(self._part(fused, 0))
+            result = self._part(fused, 0) if update.op.layer and update.node.users else None
+        last = max(update.node.prev, plan.last)
+        changed += update.node.users
+        if result is not None:
+            update.node.replace_all_uses_with(result)
         for user in list(update.node.users):
+            changed += user.users
             user.replace_all_uses_with(caches[update.cache_index(user)])
+            self.graph.erase_node(user)
         self.taken |= {plan.q.node, plan.k.node}
         dead = [node for storage in storages for node in (*storage.copies, *storage.family)]
         self.taken.update(dead)
-        erase_dead([update.node, *dead])
-        stable_topological_sort(self.graph)
-        refresh_views(self.graph)
+        inputs = update.node.all_input_nodes
+        self.graph.erase_node(update.node)  # by hand: no compiler may, as it writes
+        erase_dead([*inputs, *dead])
+        changed = [node for node in changed if not node._erased]
+        sort_between(min([fused, *changed]), max([last, fused]))
+        refresh_views(sorted(set(changed)))
 
     def _insert(self, plan: _Plan) -> Node:
         """The fused op."""
@@ -373,6 +394,8 @@ class _Fuser:
                 kwargs |= {f"_{ours}_{key.removeprefix(f'_{name}_')}": v for key, v in parts.items()}
                 kwargs[f"_{ours}_base_index"] = len(bases)
                 bases.append(base)
+        names = {a.name for a in op._schema.arguments if a.alias_info is None}
+        kwargs |= {name: value for name, value in update.kwargs.items() if name in names and name not in kwargs}
         rows: Any = number(k.view.size[0])
         if rows is None:
             rows = self._finish(graph.call_function(aten.sym_size.int, (k.positions, 0)), update.node)
@@ -381,9 +404,9 @@ class _Fuser:
         for name, rotation, view in (("q_pe", q, q.view), ("k_pe", k, key)):
             kwargs[f"_{name}_base_index"] = roots.index(rotation.root)
             if view != View.of(rotation.root.meta["val"]):
-                kwargs[f"_{name}_size"] = (rows, *map(hint, view.size[1:]))
-                kwargs[f"_{name}_stride"] = tuple(map(hint, view.stride))
-                kwargs[f"_{name}_storage_offset"] = hint(view.offset)
+                kwargs[f"_{name}_size"] = (rows, *map(number, view.size[1:]))
+                kwargs[f"_{name}_stride"] = tuple(map(number, view.stride))
+                kwargs[f"_{name}_storage_offset"] = number(view.offset)
         fused = graph.call_function(FUNCTIONALIZED[0], (op,), {**kwargs, "_all_bases": bases})
         # What torch would find by running the op on fake tensors, in a tenth of the time.
         result = update.node.meta["val"] if update.op.layer else None
@@ -429,6 +452,29 @@ class _Fuser:
             self.graph.erase_node(copied)
 
 
+def _follows(node: Node, update: Node) -> bool:
+    """Whether a node needs what an update returns."""
+    return update in closure([node], lambda n: (i for i in n.all_input_nodes if not i < update))
+
+
+def _check_views(q: Rotation, k: Rotation, rows: Any) -> None:
+    for name, node in (("positions", k.positions), ("cos_sin_cache", k.table)):
+        if number(node.meta["val"].stride(-1)) != 1 and number(node.meta["val"].shape[-1]) != 1:
+            raise Unfused(Reason.SHAPE, f"{name} whose elements do not follow one another")
+    if q.root is k.root and not q.view.apart(k.view, rows):
+        raise Unfused(Reason.OTHER_USER, "the key is a part of the query")
+    for rotation in (q, k):
+        row = rotation.view.row(rows)
+        if row is None:
+            raise Unfused(Reason.SHAPE, "heads whose place is a symbol: only the number of tokens may be one")
+        if not row.distinct:
+            raise Unfused(Reason.SHAPE, "heads that share their memory cannot be rotated in place")
+        if number(rotation.view.stride[2]) != 1:
+            raise Unfused(Reason.SHAPE, f"elements of a head {rotation.view.stride[2]} apart")
+        if shares_storage(rotation.root):
+            raise Unfused(Reason.SHAPE, f"{rotation.root.name} is a view as another dtype")
+
+
 def _bound(node: Node) -> bool:
     """Whether someone holds the geometry of a tensor, or of a view of it: as strides and offsets, or as its bytes."""
 
@@ -454,21 +500,21 @@ def _check_input(storage: Storage) -> None:
     if root.op not in ("placeholder", "get_attr"):
         return
     copies: list[Any] = [u.args[1] for u in root.users if u.target is aten.copy_.default and u.args[0] is root]
-    if not any(map(storage.holds_all, copies)) or hint(root.meta["val"].storage_offset()):
+    if not any(map(storage.holds_all, copies)) or number(root.meta["val"].storage_offset()) != 0:
         raise Unfused(Reason.INPUT, root.name)
 
 
 def _check_update(update: _Update, k: Rotation) -> tuple[str, Any] | None:
     kv_c = update.kv_c.meta["val"]
     if kv_c.dim() != 2:
-        raise Unfused(Reason.SHAPE, f"kv_c is {[hint(s) for s in kv_c.shape]}")
+        raise Unfused(Reason.SHAPE, f"kv_c is {shape_text(update.kv_c)}")
     theirs = not update.name.startswith("latentkv::") and Platform.detect().fp8_format == "fp8_e4m3fnuz"
     if update.op.layer:
         if theirs and update.kwargs["kv_cache_dtype"] == "fp8_ds_mla":
             raise Unfused(Reason.FORMAT, "fp8_ds_mla, whose tiles are FNUZ there")
         layer = known_ops.layer_of(update.kwargs[update.op.layer])
-        number = layer.meta.get("val") if isinstance(layer, Node) else layer
-        if not isinstance(number, int | torch.SymInt):
+        index = layer.meta.get("val") if isinstance(layer, Node) else layer
+        if not isinstance(index, int | torch.SymInt):
             raise Unfused(Reason.DTYPE, f"{update.op.layer} is neither a name nor an integer: {layer}")
         return None
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -486,7 +532,7 @@ def _check_update(update: _Update, k: Rotation) -> tuple[str, Any] | None:
     if format is None or format.activation not in (None, kv_c.dtype):
         raise Unfused(Reason.DTYPE, f"kv_c is {kv_c.dtype} for format {name}")
     if format.packed:
-        dims = (hint(kv_c.shape[1]), k.view.hints[0][2])
+        dims = (number(kv_c.shape[1]), number(k.view.size[2]))
         if dims != format.packed.dims or theirs:
             raise Unfused(Reason.FORMAT, f"{name} of {dims}{', whose tiles are FNUZ there' if theirs else ''}")
     return name, scale

@@ -1,4 +1,7 @@
-"""Graphs as torch functionalises them: calls by name, storages and their views, closures, fake tensors."""
+"""Graphs as torch functionalises them: calls by name, storages and their views, closures, fake tensors.
+
+Sizes are compared as numbers and symbolic expressions, never by the values that they had when the graph was made.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,60 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Graph, Node
+from numpy.typing import NDArray
+from torch.fx import Node
 
-from .elements import Flat, expr_of, hint, is_transparent, locate, number, unravel
 from .known_ops import ROPE_OPS
 
 aten = torch.ops.aten
 FUNCTIONALIZED = (torch.ops.higher_order.auto_functionalized_v2, torch.ops.higher_order.auto_functionalized)
 META_ONLY = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default)
+LIMIT = 1 << 20  # elements of a row: what is wider is a weight, and nothing is known of it
 
 Size = int | torch.SymInt
+Flat = NDArray[np.int64]  # elements of a tensor or places of a storage, by their number
+
+
+# ------------------------------------------------------------------------------------------------- sizes
+
+
+def expr_of(x: Any) -> Any:
+    """A size, or a node that stands for one, as a number or a symbolic expression: to compare these is no guard."""
+    if isinstance(x, Node):
+        x = x.meta["val"]
+    return x.node.expr if isinstance(x, torch.SymInt) else x
+
+
+def number(x: Any) -> int | None:
+    """A size that is the same whatever sizes the graph will run with; None where it is a symbol."""
+    x = expr_of(x)
+    return int(x) if isinstance(x, int) or x.is_number else None
+
+
+def numbers(sizes: Iterable[Any]) -> list[int] | None:
+    """All of them, or None."""
+    found = [number(size) for size in sizes]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def quotient(x: Any, y: Any) -> int | None:
+    """How many times one size is another, whatever that is; None where that is no whole number."""
+    if x == y:
+        return 1
+    if isinstance(x, int) and isinstance(y, int):
+        return x // y if y and x % y == 0 else None
+    if isinstance(x, int):
+        return None
+    ratio = x / y
+    return int(ratio) if ratio.is_Integer else None
+
+
+def shape_text(node: Node) -> str:
+    """A shape for a report."""
+    return str([expr_of(s) for s in node.meta["val"].shape])
+
+
+# ------------------------------------------------------------------------------------------------- calls
 
 
 def call_of(node: Node) -> tuple[str, dict[str, Any]] | None:
@@ -41,13 +88,54 @@ def call_of(node: Node) -> tuple[str, dict[str, Any]] | None:
 
 def op_name(node: Node) -> str:
     """The op of a node as ``namespace::name``; empty for nodes without one."""
-    call = call_of(node)
-    return call[0] if call is not None else ""
+    if node.op != "call_function":
+        return ""
+    op: Any = node.args[0] if node.target in FUNCTIONALIZED else node.target
+    return op._schema.name if isinstance(op, torch._ops.OpOverload) else ""
 
 
 def is_rope(node: Node) -> bool:
     """Whether the node is a functionalised rope op of those that are known."""
     return node.target in FUNCTIONALIZED and op_name(node) in ROPE_OPS
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether the node stands for one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def has_side_effects(node: Node) -> bool:
+    """Whether torch knows of effects of the node, but for the copies to inputs at the end of a graph."""
+    if node.target is torch.ops.higher_order.with_effects:
+        return True
+    return node.op == "call_function" and node.is_impure() and node.target is not aten.copy_.default
+
+
+def text_of(node: Node) -> str:
+    """A node in words, for a report."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"{node.name} = {node.op if node.op != 'call_function' else name}"
+
+
+def source_line(node: Node) -> str:
+    """The line of source that a node comes from, torch's own left out."""
+    own = str(Path(torch.__file__).parent)
+    trace = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
+    return next((line for line in reversed(trace) if line.startswith("File ") and own not in line), "")
+
+
+def closure(start: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Everything that is reached from ``start``, itself included."""
+    found, stack = set(), list(start)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += step(node)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- storages
 
 
 def storage_of(node: Node) -> int | None:
@@ -80,15 +168,18 @@ def shares_storage(node: Node) -> bool:
     return source is not None and source.target not in FUNCTIONALIZED and storage_of(node) == storage_of(source)
 
 
-def refresh_views(graph: Graph) -> None:
-    """Brings the fake tensors of views up to date: passes that replace a tensor may leave those of its views as is."""
-    for node in graph.nodes:
-        if not _is_view(node) or storage_of(node) == storage_of(node.args[0]):
+def refresh_views(nodes: Iterable[Node]) -> None:
+    """Brings the fake tensors of these up to date where they are views, and those of their views in turn.
+
+    Passes that replace a tensor may leave those of its views as they were.
+    """
+    queue = list(nodes)
+    for node in queue:
+        source: Any = node.args[0] if _is_view(node) else None
+        if source is None or source.target in FUNCTIONALIZED or storage_of(node) == storage_of(source):
             continue
-        if node.target is not operator.getitem:
-            node.meta["val"] = fake_result(node)
-        elif node.args[0].target not in FUNCTIONALIZED:
-            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+        node.meta["val"] = fake_result(node)
+        queue += node.users
 
 
 def _is_view(node: Node) -> bool:
@@ -130,40 +221,143 @@ def views_of(root: Node) -> list[Node]:
     return found
 
 
-def is_tensor(node: Node) -> bool:
-    """Whether the node stands for one tensor."""
-    return isinstance(node.meta.get("val"), torch.Tensor)
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Where the elements of a row lie: ``places`` in a storage, those of the next row ``step`` further."""
+
+    step: int
+    places: Flat
+
+    @cached_property
+    def _order(self) -> Flat:
+        return np.argsort(self.places, kind="stable")
+
+    def index(self, other: Row) -> Flat | None:
+        """Where the elements of another row are in this one; None where one is not in it."""
+        if self.step != other.step or not len(self.places):
+            return None
+        found = other.places - self.places[0]  # where these follow one another
+        inside = (found >= 0) & (found < len(self.places))
+        if not (inside.all() and np.array_equal(self.places[found], other.places)):
+            found = self._order[np.searchsorted(self.places, other.places, sorter=self._order) % len(self.places)]
+        return found if np.array_equal(self.places[found], other.places) else None
+
+    @property
+    def distinct(self) -> bool:
+        """Whether no two elements share their place, nor two rows."""
+        places = self.places % self.step if self.step else self.places
+        return bool(np.diff(np.sort(places)).all())
 
 
-def closure(start: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """Everything that is reached from ``start``, itself included."""
-    found, stack = set(), list(start)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += step(node)
-    return found
+@dataclass(frozen=True, eq=False)
+class View:
+    """A part of a storage, in elements. Equal are those of the same numbers and symbols."""
+
+    size: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    offset: Size
+
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        return len(self.size), *map(expr_of, (*self.size, *self.stride, self.offset))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, View) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @staticmethod
+    def of(t: torch.Tensor) -> View:
+        """What a tensor is of its storage."""
+        return View(tuple(t.size()), tuple(t.stride()), t.storage_offset())
+
+    @cached_property
+    def _dims(self) -> list[tuple[Any, Any]]:
+        pairs = zip(map(expr_of, self.size), map(expr_of, self.stride), strict=True)
+        return [(size, stride) for size, stride in pairs if size != 1]
+
+    @property
+    def steps(self) -> list[Any]:
+        """The strides that matter: those of dimensions of more than one element."""
+        return [stride for _, stride in self._dims]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements follow one another in row-major order."""
+        sizes = [size for size, _ in self._dims]
+        return self.steps == [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+
+    def row(self, rows: Any) -> Row | None:
+        """The elements of the first of so many rows, in row-major order; None where it does not consist of such."""
+        dims, step = list(self._dims), 0
+        if rows != 1:
+            size, stride = dims.pop(0) if dims else (0, 0)
+            count, between = quotient(size, rows), number(stride)
+            if count is None or between is None:
+                return None
+            step = between * count
+            if step < 1:
+                return None
+            if count != 1:
+                dims.insert(0, (count, between))
+        return _row(step, dims, self.offset)
+
+    def apart(self, other: View, rows: Any) -> bool:
+        """Whether it is certain that the two share no element, however many rows there are."""
+        mine = self.row(rows)
+        theirs = None if mine is None else other._places_modulo(mine.step)
+        if mine is None or theirs is None:
+            return False
+        return not len(np.intersect1d(mine.places % mine.step if mine.step else mine.places, theirs))
+
+    def _places_modulo(self, step: int) -> Flat | None:
+        # Dimensions that step over whole rows do not matter, whatever their sizes.
+        dims = [(size, stride) for size, stride in self._dims if not step or quotient(stride, step) is None]
+        row = _row(0, dims, self.offset)
+        return None if row is None else row.places % step if step else row.places
+
+    def within(self, row: Row) -> Flat | None:
+        """Which elements of a row it holds, of any of the rows and in any order; None where that cannot be told."""
+        places = self._places_modulo(row.step)
+        if places is None:
+            return None
+        ours = row.places % row.step if row.step else row.places
+        return np.nonzero(np.isin(ours, places))[0]
 
 
-def expression_of(node: Node) -> list[Node]:
-    """The nodes whose elements make those of this one, back to what nothing is known about, in the graph's order."""
+def _row(step: int, dims: list[tuple[Any, Any]], offset: Size) -> Row | None:
+    sizes, strides, start = numbers([n for n, _ in dims]), numbers([s for _, s in dims]), number(offset)
+    if sizes is None or strides is None or start is None or math.prod(sizes) > LIMIT:
+        return None
+    places = np.full(1, start, np.int64)
+    for size, stride in zip(sizes, strides, strict=True):
+        places = (places[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
+    return Row(step, places)
 
-    def inputs(n: Node) -> Iterable[Node]:
-        known = is_transparent(n) or is_rope(n)
-        return (i for i in n.all_input_nodes if i.meta.get("val") is not None) if known else ()
 
-    found = closure([node], inputs)
-    return sorted(found)
+def mutated_view(node: Node, kwargs: Mapping[str, Any], name: str) -> tuple[Node, View] | None:
+    """Of a functionalised op: the base of an argument that it mutates, and which part of it the argument is."""
+    if node.target is not FUNCTIONALIZED[0]:
+        given = kwargs.get(name)
+        return None if given is None else (given, View.of(given.meta["val"]))
+    index = kwargs.get(f"_{name}_base_index")
+    if index is None:
+        return None
+    base = kwargs["_all_bases"][index]
+    whole = View.of(base.meta["val"])
+    value: Callable[[Any], Size] = lambda x: x.meta["val"] if isinstance(x, Node) else x  # noqa: E731
+    if f"_{name}_storage_offset" in kwargs:
+        size, stride = (tuple(map(value, kwargs[f"_{name}_{part}"])) for part in ("size", "stride"))
+        return base, View(size, stride, value(kwargs[f"_{name}_storage_offset"]))
+    if f"_{name}_slice_dim" in kwargs:
+        dim, start, end = (value(kwargs[f"_{name}_slice_{part}"]) for part in ("dim", "start", "end"))
+        size = tuple(end - start if d == dim else s for d, s in enumerate(whole.size))
+        return base, View(size, whole.stride, whole.offset + start * whole.stride[dim])
+    return base, whole
 
 
-def consequences_of(node: Node) -> list[Node]:
-    """The nodes whose elements are made of this one's by what is known, in the graph's order."""
-
-    def users(n: Node) -> Iterable[Node]:
-        return (u for u in n.users if is_transparent(u) or is_rope(u))
-
-    return sorted(closure([node], users) - {node})
+# ------------------------------------------------------------------------------------------------- changes
 
 
 def fake_result(node: Node) -> Any:
@@ -199,138 +393,26 @@ def erase_dead(nodes: Iterable[Node]) -> None:
             stack += inputs
 
 
-def has_side_effects(node: Node) -> bool:
-    """Whether torch knows of effects of the node, but for the copies to inputs at the end of a graph."""
-    if node.target is torch.ops.higher_order.with_effects:
-        return True
-    return node.op == "call_function" and node.is_impure() and node.target is not aten.copy_.default
-
-
 def _lasting(node: Node) -> bool:
     return node.op != "call_function" or (node.target not in FUNCTIONALIZED and node.is_impure())
 
 
-def text_of(node: Node) -> str:
-    """A node in words, for a report."""
-    name = getattr(node.target, "__name__", str(node.target))
-    return f"{node.name} = {node.op if node.op != 'call_function' else name}"
-
-
-def source_line(node: Node) -> str:
-    """The line of source that a node comes from, torch's own left out."""
-    own = str(Path(torch.__file__).parent)
-    trace = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
-    return next((line for line in reversed(trace) if line.startswith("File ") and own not in line), "")
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """A part of a storage, in elements. Equal are those of the same numbers and symbols."""
-
-    size: tuple[Size, ...]
-    stride: tuple[Size, ...]
-    offset: Size
-
-    @cached_property
-    def _key(self) -> tuple[Any, ...]:
-        # Not the symbols themselves: to compare these would be a guard.
-        numbers = (*self.size, *self.stride, self.offset)
-        return len(self.size), *map(expr_of, numbers)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, View) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @staticmethod
-    def of(t: torch.Tensor) -> View:
-        """What a tensor is of its storage."""
-        return View(tuple(t.size()), tuple(t.stride()), t.storage_offset())
-
-    @cached_property
-    def hints(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """Size, stride and offset in numbers."""
-        return tuple(map(hint, self.size)), tuple(map(hint, self.stride)), hint(self.offset)
-
-    def fixed(self, rows: Size) -> bool:
-        """Whether it lies in the same place however many rows there are: nothing else is a symbol."""
-        sizes = (n for n in self.size if expr_of(n) != expr_of(rows))
-        return None not in map(number, (*sizes, *self.stride, self.offset))
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The strides that matter: those of dimensions of more than one element."""
-        size, stride, _ = self.hints
-        return tuple(step for n, step in zip(size, stride, strict=True) if n != 1)
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether the elements follow one another in row-major order."""
-        size = self.hints[0]
-        dense = tuple(math.prod(size[d + 1 :]) for d in range(len(size)))
-        return self.steps == tuple(step for n, step in zip(size, dense, strict=True) if n != 1)
-
-    def offsets(self, flat: Flat) -> Flat:
-        """Where the elements lie in the storage."""
-        size, stride, offset = self.hints
-        total = np.full_like(flat, offset)
-        for c, step in zip(unravel(flat, size), stride, strict=True):
-            total = total + c * step
-        return total
-
-    def locate(self, offsets: Flat) -> tuple[list[Flat], np.ndarray[Any, np.dtype[np.bool_]]]:
-        """The coordinates of what lies there, and whether it is in this part."""
-        return locate(offsets, *self.hints)
-
-    @property
-    def distinct(self) -> bool:
-        """Whether no two elements share their place: each dimension steps over what lies within it."""
-        extent = 1
-        size, stride, _ = self.hints
-        for step, n in sorted((step, n) for n, step in zip(size, stride, strict=True) if n != 1):
-            if step < extent:
-                return False
-            extent += step * (n - 1)
-        return True
-
-    def apart(self, other: View) -> bool:
-        """Whether it is certain that the two share no element."""
-
-        def dims(view: View) -> list[tuple[int, int]]:
-            size, stride, _ = view.hints
-            return sorted(((b, a) for a, b in zip(size, stride, strict=True) if a != 1), reverse=True)
-
-        mine, others, period = dims(self), dims(other), None
-        if any(n == 0 for _, n in mine + others):
-            return True
-        while mine and others and mine[0] == others[0] and mine[0][0] > 1:
-            period = mine.pop(0)[0]
-            others.pop(0)
-        (a, a_end), (b, b_end) = (
-            (v.hints[2], v.hints[2] + sum(step * (n - 1) for step, n in left) + 1)
-            for v, left in ((self, mine), (other, others))
-        )
-        within = period is None or max(a_end, b_end) - min(a, b) <= period
-        return within and (a_end <= b or b_end <= a)
-
-
-def mutated_view(node: Node, kwargs: Mapping[str, Any], name: str) -> tuple[Node, View] | None:
-    """Of a functionalised op: the base of an argument that it mutates, and which part of it the argument is."""
-    if node.target is not FUNCTIONALIZED[0]:
-        given = kwargs.get(name)
-        return None if given is None else (given, View.of(given.meta["val"]))
-    index = kwargs.get(f"_{name}_base_index")
-    if index is None:
-        return None
-    base = kwargs["_all_bases"][index]
-    whole = View.of(base.meta["val"])
-    value: Callable[[Any], Size] = lambda x: x.meta["val"] if isinstance(x, Node) else x  # noqa: E731
-    if f"_{name}_storage_offset" in kwargs:
-        size, stride = (tuple(map(value, kwargs[f"_{name}_{part}"])) for part in ("size", "stride"))
-        return base, View(size, stride, value(kwargs[f"_{name}_storage_offset"]))
-    if f"_{name}_slice_dim" in kwargs:
-        dim, start, end = (value(kwargs[f"_{name}_slice_{part}"]) for part in ("dim", "start", "end"))
-        size = tuple(end - start if d == dim else s for d, s in enumerate(whole.size))
-        return base, View(size, whole.stride, whole.offset + start * whole.stride[dim])
-    return base, whole
+def sort_between(first: Node, last: Node) -> None:
+    """Puts the nodes from one to another in order: each after its inputs, else as they were."""
+    nodes = [first]
+    while nodes[-1] is not last:
+        nodes.append(nodes[-1].next)
+    left, waiting, cursor = set(nodes), dict[Node, list[Node]](), first.prev
+    pending = nodes[::-1]
+    while pending:
+        node = pending.pop()
+        missing = next((n for n in node.all_input_nodes if n in left), None)
+        if missing is not None:
+            waiting.setdefault(missing, []).append(node)
+            continue
+        left.remove(node)
+        if cursor.next is not node:
+            cursor.append(node)
+        cursor = node
+        pending += reversed(waiting.pop(node, ()))
+    assert not left, "a cycle"

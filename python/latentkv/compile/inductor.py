@@ -15,6 +15,7 @@ from torch.fx import Graph
 
 from ..cache.platform import Platform
 from .fusion import fuse
+from .known_ops import keep_updates
 from .report import Report
 
 __all__ = ["Fusion", "FusionError", "FusionPass", "enable"]
@@ -43,6 +44,7 @@ class FusionPass(CustomGraphPass):
     def __init__(self, *, strict: bool = False, allow_rounding: bool = False) -> None:
         self.strict, self.allow_rounding = strict, allow_rounding
         self.report = Report()
+        keep_updates()
 
     def __call__(self, graph: Graph) -> None:
         """Rewrites the graph."""

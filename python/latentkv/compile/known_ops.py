@@ -67,6 +67,18 @@ UPDATE_OPS = {
 }
 
 
+def keep_updates() -> None:
+    """Tells torch of the updates by layer that write, whatever becomes of the tensor that they return.
+
+    Without it torch drops them where it can fold their result. Ops of others must have been registered before.
+    """
+    for name, op in UPDATE_OPS.items():
+        namespace, _, base = name.partition("::")
+        found = getattr(getattr(torch.ops, namespace), base, None) if op.layer else None
+        if found is not None:
+            torch.fx.node.has_side_effect(found.default)
+
+
 def layer_of(name: Any) -> Any:
     """What the graph calls a layer: our integer (or a symbol for it), also for a layer that is known by its name."""
     return layer_index(name) if isinstance(name, str) else name

@@ -2,7 +2,7 @@
 
 The graph holds a layer's integer, :func:`layer_index`; :func:`step` tells which cache and slots it stands for now. The
 caches are not declared arguments of these ops, so attention must consume the tensor, without elements, that they
-return: this keeps a write before the read, and keeps the compiler from dropping it. Schemas and fakes: ``ops.py``.
+return: this keeps a write before the read. Schemas and fakes: ``ops.py``.
 """
 
 from __future__ import annotations
@@ -155,4 +155,7 @@ def _layer_rope_write_cache(
 
 
 for _op in (_layer_write_cache, _layer_rope_write_cache):
-    LIBRARIES[NAMESPACE].impl(_op.__name__[1:], _op, "CompositeExplicitAutograd")
+    _name = _op.__name__[1:]
+    LIBRARIES[NAMESPACE].impl(_name, _op, "CompositeExplicitAutograd")
+    # Whatever becomes of the tensor that they return (the sum of an empty one is folded): no compiler may drop them.
+    torch.fx.node.has_side_effect(getattr(torch.ops.latentkv, _name).default)

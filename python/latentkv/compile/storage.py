@@ -7,18 +7,19 @@ tensors what it holds: what the storage held before the rotation, what it holds 
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.fx import Node
 
-from .elements import Values, hint, ravel, row_samples, shape_of, unravel
-from .graph import View, consequences_of, expression_of, is_rope, is_tensor, parent_of, root_of, views_of
-from .rotation import Rotation, elements_of, given_to, heads_of
+from .elements import Elements
+from .graph import Flat, View, expr_of, is_rope, is_tensor, parent_of, root_of, views_of
+from .report import Reason, Unfused
+from .rotation import Rotation, given_to, heads_of
 
 aten = torch.ops.aten
 
@@ -41,22 +42,35 @@ class Storage:
         copies: tensors outside of it: the member whose place, after the rotation, holds the same elements.
     """
 
-    def __init__(self, root: Node, rotations: Sequence[Rotation]) -> None:
-        self.root = root
-        self.rotations = [r for r in rotations if r.root is root]
+    def __init__(self, root: Node, rotations: Sequence[Rotation], e: Elements) -> None:
+        self.root, self._e = root, e
         self.views = set(views_of(root))
         self.family = _family(root)
-        after = consequences_of(root)
-        exact = all(r.exact for r in rotations)
-        self._elements = elements_of(exact, rotations, after)
-        self._states: dict[Node, State] = {}
-        self.copies = self._copies(after)
+        row, before = View.of(root.meta["val"]).row(e.rows), e.values(root)
+        if row is None or before is None:
+            raise Unfused(Reason.SHAPE, f"the elements of {root.name} do not lie row by row")
+        self._row, self._before, self._after = row, before, before
+        self._turned = np.zeros(len(before.ids), np.bool_)
+        for rotation in rotations:
+            if rotation.root is root:
+                at, heads = rotation.index(e), rotation.before(e)
+                after = None if heads is None else rotation.after(e, heads)
+                assert at is not None and after is not None
+                self._turned[at] = True
+                self._after = self._after.put(at, after)
+        self._versions: dict[Node, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
+        self.copies = self._copies()
 
     def state(self, node: Node) -> State:
         """What a member of the family holds."""
-        if node not in self._states:
-            self._states[node] = self._state(node)
-        return self._states[node]
+        parts = [self._within(part) for part in _parts(node)]
+        apart = not any(self._turned[part].any() for part in parts)
+        if node in self.views:
+            return State.APART if apart else State.OLD
+        old, new = self._held(root_of(node))
+        if all(old[part].all() for part in parts):
+            return State.APART if apart else State.OLD
+        return State.NEW if all(new[part].all() for part in parts) else State.MIXED
 
     def holds_all(self, node: Node) -> bool:
         """Whether a node holds all of the root, as it is after the rotation."""
@@ -65,56 +79,50 @@ class Storage:
             return False
         return node in self.copies or self.state(member) is State.NEW
 
-    def _apart(self, node: Node) -> bool:
-        val = node.meta["val"]
-        parts = val if isinstance(val, list | tuple) else [val]
-        views = list(map(View.of, parts))
-        return all(v.fixed(r.view.size[0]) and r.view.apart(v) for v in views for r in self.rotations)
+    def _within(self, view: View) -> Flat:
+        """Which elements of a row of the root a view may hold: all of them where that is not known."""
+        found = view.within(self._row)
+        return np.arange(len(self._turned)) if found is None else found
 
-    def _state(self, node: Node) -> State:
-        apart = self._apart(node)
-        if node in self.views or not is_tensor(node):
-            return State.APART if apart else State.OLD if node in self.views else State.MIXED
-        if not View.of(node.meta["val"]).fixed(self.rotations[0].view.size[0]):
-            return State.MIXED
-        held, (before, after) = self._held(node), self._around(node)
-        if held == before:
-            return State.APART if apart else State.OLD
-        return State.NEW if held == after else State.MIXED
+    def _held(self, version: Node) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which elements of the storage a later version holds as they were before the rotation, and as after it."""
+        if version not in self._versions:
+            old, new = np.zeros((2, len(self._turned)), np.bool_)
+            at, values = self._index(version), self._e.values(version)
+            if at is not None and values is not None:
+                old[at] = values.ids == self._before.ids[at]
+                new[at] = values.ids == self._after.ids[at]
+            self._versions[version] = old, new
+        return self._versions[version]
 
-    def _held(self, node: Node) -> Values:
-        """What a later version, or a view of one, holds: elements of that version."""
-        version = root_of(node)
-        offsets = View.of(node.meta["val"]).offsets(row_samples(shape_of(node)))
-        at, _ = View.of(version.meta["val"]).locate(offsets)
-        return self._elements(version, ravel(at, shape_of(version)))
+    def _index(self, member: Node) -> Flat | None:
+        """Where a row of a member lies in a row of the root."""
+        row = View.of(member.meta["val"]).row(self._e.rows) if is_tensor(member) else None
+        return None if row is None else self._row.index(row)
 
-    def _around(self, node: Node) -> tuple[Values, Values]:
-        """What a member of the family would hold before the rotation, and after it."""
-        e, root = self._elements, self.root
-        offsets = View.of(node.meta["val"]).offsets(row_samples(shape_of(node)))
-        at, _ = View.of(root.meta["val"]).locate(offsets)
-        before = after = e(root, ravel(at, shape_of(root)))
-        for rotation in self.rotations:
-            after = rotation.apply(e, offsets, after)
-        return before, after
-
-    def _copies(self, after: Iterable[Node]) -> dict[Node, Node]:
+    def _copies(self) -> dict[Node, Node]:
         members: dict[tuple[int, ...], dict[View, Node]] = {}
         for member in self.family:
-            fixed = is_tensor(member) and View.of(member.meta["val"]).fixed(self.rotations[0].view.size[0])
-            if fixed and not self._apart(member):
-                members.setdefault(shape_of(member), {}).setdefault(View.of(member.meta["val"]), member)
+            at, form = self._index(member), self._e.form(member)
+            if at is not None and form is not None and self._turned[at].any():
+                view = View.of(member.meta["val"])
+                members.setdefault((len(view.size), *form.shape), {}).setdefault(view, member)
         found: dict[Node, Node] = {}
-        for node in after:
+        for node in self._e.consequences(self.root):
             own = node not in self.family and is_tensor(node) and root_of(node) not in found
-            if not own or node.meta["val"].dtype != self.root.meta["val"].dtype:
+            values, form = self._e.known(node), self._e.form(node)
+            if not own or values is None or form is None or node.meta["val"].dtype != self.root.meta["val"].dtype:
                 continue
-            for member in members.get(shape_of(node), {}).values():
-                if self._elements(node, row_samples(shape_of(node))) == self._around(member)[1]:
+            for member in members.get((node.meta["val"].dim(), *form.shape), {}).values():
+                if values.same(self._after.take(self._index(member))):  # type: ignore[arg-type]
                     found[node] = member
                     break
         return found
+
+
+def _parts(node: Node) -> list[View]:
+    val = node.meta["val"]
+    return [View.of(part) for part in (val if isinstance(val, list | tuple) else [val])]
 
 
 def _family(root: Node) -> dict[Node, Node | None]:
@@ -137,39 +145,44 @@ def _family(root: Node) -> dict[Node, Node | None]:
     return found
 
 
-def origins(rotation: Rotation) -> list[Rotation]:
+def origins(rotation: Rotation, e: Elements) -> list[Rotation]:
     """The rotation as one of the storage that its tensor is a later version, or a copy, of; the earliest first."""
     found = [rotation]
-    while (earlier := _earlier(found[0])) is not None:
+    while (earlier := _earlier(found[0], e)) is not None:
         found.insert(0, earlier)
     return found
 
 
-def _earlier(rotation: Rotation) -> Rotation | None:
-    root, view = rotation.root, rotation.view
+def _earlier(rotation: Rotation, e: Elements) -> Rotation | None:
+    root = rotation.root
     source = root.args[0] if root.op == "call_function" and root.args else None
-    if root.target is operator.getitem and isinstance(source, Node) and is_rope(source):
+    if isinstance(source, Node) and is_rope(source):
         source = given_to(source).get(root)
-    elif root.target is not aten.slice_scatter.default:
-        # A copy of just these heads, in whatever shape.
-        n, h, r = view.hints[0]
-        whole = view.hints == ((n, h, r), (h * r, r, 1), hint(root.meta["val"].storage_offset()))
-        if not whole or root.target not in _COPIES:
-            return None
-        while isinstance(source, Node) and shape_of(source) not in ((n, h, r), (n, r), (n, 1, r)):
+    elif root.target in _COPIES:  # of just these heads, in whatever shape
+        while isinstance(source, Node) and (heads_of(source) is None or not _fits(rotation, source)):
             source = source.args[0] if source.target in _COPIES else None
-        if not isinstance(source, Node) or math.prod(shape_of(source)) != n * h * r:
+        if not isinstance(source, Node):
             return None
-        heads = heads_of(source)
-        return None if heads is None else replace(rotation, root=root_of(source), view=heads)
+        view = heads_of(source)
+        earlier = None if view is None else replace(rotation, root=root_of(source), view=view)
+        return earlier if earlier is not None and _same_heads(earlier, rotation, e) else None
+    elif root.target is not aten.slice_scatter.default:
+        return None
     if not isinstance(source, Node) or View.of(source.meta["val"]) != View.of(root.meta["val"]):
         return None
-    earlier = replace(rotation, root=root_of(source))
     # Whatever became the later version, it must not have touched these heads.
-    flat = row_samples(view.hints[0])
-    at = unravel(flat, view.hints[0])
-    e = elements_of(True, [earlier], expression_of(root))
-    return earlier if earlier.element(e, *at) == rotation.element(e, *at) else None
+    earlier = replace(rotation, root=root_of(source))
+    return earlier if _same_heads(earlier, rotation, e) else None
+
+
+def _fits(rotation: Rotation, source: Node) -> bool:
+    view = heads_of(source)
+    return view is not None and list(map(expr_of, view.size)) == list(map(expr_of, rotation.view.size))
+
+
+def _same_heads(one: Rotation, other: Rotation, e: Elements) -> bool:
+    mine, theirs = one.before(e), other.before(e)
+    return mine is not None and mine.same(theirs)
 
 
 _COPIES = (
