@@ -2,8 +2,8 @@
 
     python benchmarks/compile_pass.py [--csv OUT.csv]
 
-Each graph is what Inductor hands to its passes: decode layers with DeepSeek-V3's heads, RoPE in PyTorch or by an op, and
-further elementwise steps, half of them before RoPE, on the hidden state and the key, half after it, on the query. The
+Each graph is what Inductor hands to its passes: decode layers with DeepSeek-V3's heads, RoPE in PyTorch or by an op,
+and further elementwise steps, half of them before RoPE, on the hidden state and the key, half after it, on the query. The
 pass is timed alone, on a CPU; nothing is compiled. Bars: 0.1 s for a layer, 2 s for 61 layers of 200 steps each.
 """
 
@@ -101,7 +101,15 @@ def main(csv_file: Annotated[Path | None, typer.Option("--csv", help="where the 
         for op in (False, True):
             for dynamic in (False, True):
                 nodes, fused, taken = seconds(layers, steps, op, dynamic)
-                row = (layers, steps, "op" if op else "PyTorch", "dynamic" if dynamic else N, nodes, fused, f"{taken:.3f}")
+                row = (
+                    layers,
+                    steps,
+                    "op" if op else "PyTorch",
+                    "dynamic" if dynamic else N,
+                    nodes,
+                    fused,
+                    f"{taken:.3f}",
+                )
                 rows.append(tuple(map(str, row)))
                 print(*row, sep=",", flush=True)
     if csv_file is not None:

@@ -2,7 +2,7 @@
 
 The graph holds a layer's integer, :func:`layer_index`; :func:`step` tells which cache and slots it stands for now. The
 caches are not declared arguments of these ops, so attention must consume the tensor, without elements, that they
-return: this keeps a write before the read. Schemas and fakes: ``ops.py``.
+return: this keeps a write before the read. Descriptions: ``ops/description.py``.
 """
 
 from __future__ import annotations
