@@ -1,0 +1,139 @@
+"""vLLM engines on a CPU, each in a process of its own, two at a time: ``python vllm_run.py FOLDER``.
+
+The processes are forks of one that has imported vLLM, which takes longer than anything that follows.
+
+FOLDER/NAME.json says what to run: mode (of LATENTKV_VLLM), model, engine (arguments of both), prompts and answers
+(tokens of each; answers are forced, so that every engine sees the same text), without (an attribute of vLLM to delete
+first, ``module:name``).
+What comes of it: NAME.log; NAME.pt, with the log probabilities of the whole vocabulary at every token of each answer;
+and how often the layer's op saw how many decode tokens and tokens.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+from typing import Any
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "OMP_NUM_THREADS": "1",
+}  # fmt: skip
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+# The CPU's decode kernel knows L = 512 and R = 64 only.
+TINY: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "attention_bias": False,
+    "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 1, "hidden_act":
+    "silu", "hidden_size": 256, "intermediate_size": 256, "kv_lora_rank": 512, "max_position_embeddings": 4096,
+    "moe_intermediate_size": 64, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 4, "n_shared_experts": 1,
+    "norm_topk_prob": False, "num_attention_heads": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3,
+    "num_key_value_heads": 4, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps":
+    1e-06, "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "tie_word_embeddings":
+    False, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 4096, "type": "yarn"}, "topk_group": 1, "topk_method": "greedy",
+    "use_cache": True, "v_head_dim": 128, "vocab_size": 512,
+}  # fmt: skip
+
+
+class Forced(AdapterLogitsProcessor):  # type: ignore[misc]
+    """Makes a request's answer the one that it was given; log probabilities are those from before."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: Any) -> Any:
+        answer = params.extra_args["answer"]
+
+        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            token = answer[len(output_ids)]
+            kept = logits[token].item()
+            logits.fill_(-torch.inf)
+            logits[token] = kept
+            return logits
+
+        return force
+
+
+def fill_weights() -> None:
+    """Random weights that matter: vLLM's own are so small that logits depend on the last token alone."""
+    from vllm.model_executor.model_loader import dummy_loader, weight_utils
+
+    calls = 0
+
+    def fill(param: torch.Tensor, *_: Any, **__: Any) -> None:
+        nonlocal calls
+        if not param.is_floating_point() or param.device.type == "meta":
+            return
+        calls += 1
+        noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(calls))
+        param.data.copy_(1 + 0.1 * noise if param.dim() < 2 else noise * param.shape[-1] ** -0.5)
+
+    weight_utils.initialize_single_dummy_weight = fill
+    if hasattr(dummy_loader, "initialize_single_dummy_weight"):
+        dummy_loader.initialize_single_dummy_weight = fill
+
+
+def count_steps() -> collections.Counter[tuple[int, int]]:
+    """Decode tokens and all tokens of each call of the layer's op, profiling runs left out."""
+    from latentkv.engines.vllm import layer
+
+    steps: collections.Counter[tuple[int, int]] = collections.Counter()
+    own = layer.Step.__call__
+
+    def counted(self: Any, q: Any, kv: Any, positions: Any, output: Any, metadata: Any, *rest: Any) -> None:
+        if metadata is not None:
+            steps[metadata.num_decode_tokens, metadata.num_actual_tokens] += 1
+        own(self, q, kv, positions, output, metadata, *rest)
+
+    layer.Step.__call__ = counted
+    return steps
+
+
+def engine(file: pathlib.Path) -> None:
+    """Runs one engine."""
+    log = os.open(file.with_suffix(".log"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    run: dict[str, Any] = json.loads(file.read_text())
+    os.environ["LATENTKV_VLLM"] = run["mode"]
+    model = file.with_suffix(".model")
+    model.mkdir()
+    config = TINY | run["model"]
+    (model / "config.json").write_text(json.dumps(config))
+    fill_weights()
+    if run["without"]:
+        module, name = run["without"].split(":")
+        importlib.import_module("vllm.model_executor.layers.attention")
+        delattr(importlib.import_module(module), name)
+    llm = LLM(
+        model=str(model), load_format="dummy", skip_tokenizer_init=True, max_model_len=256, max_num_seqs=3, seed=0,
+        attention_backend="CPU_MLA", max_logprobs=-1, logits_processors=[Forced], **run["engine"],
+    )  # fmt: skip
+    steps = {} if run["mode"] == "off" or run["without"] else count_steps()
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=len(answer), ignore_eos=True, detokenize=False, logprobs=-1,
+            extra_args={"answer": answer},
+        )
+        for answer in run["answers"]
+    ]  # fmt: skip
+    done = llm.generate([{"prompt_token_ids": p} for p in run["prompts"]], params, use_tqdm=False)
+    assert [list(x.outputs[0].token_ids) for x in done] == run["answers"], "the answers were not forced"
+    logprobs = [[[at[t].logprob for t in range(config["vocab_size"])] for at in x.outputs[0].logprobs] for x in done]
+    torch.save(([torch.tensor(request) for request in logprobs], dict(steps)), file.with_suffix(".pt"))
+
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for _ in pool.imap_unordered(engine, sorted(pathlib.Path(sys.argv[1]).glob("*.json")), chunksize=1):
+            pass
