@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from latentkv.testing.engines import V3
 
-V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "q_lora_rank": 128, "n_group": 2,
-    "num_attention_heads": 2, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
-    "qk_nope_head_dim": 64, "v_head_dim": 64,
+SMALL_V3 = V3 | {
+    "q_lora_rank": 128, "n_group": 2, "num_attention_heads": 2, "qk_nope_head_dim": 64, "v_head_dim": 64,
 }  # fmt: skip
 SCALED = {"llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1}}
 GONE = "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer"
 RUNS: dict[str, dict[str, Any]] = {
     f"{model} {how} {mode}": {"mode": mode, "model": config, "engine": {"enforce_eager": how == "eager"}}
     for mode in ("off", "prologue")
-    for model, config in (("V2", {}), ("V3", V3))
+    for model, config in (("V2", {}), ("V3", SMALL_V3))
     for how in ("eager", "compiled")
 } | {
     "V2 eager rope": {"mode": "rope"},

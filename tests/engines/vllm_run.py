@@ -27,22 +27,9 @@ os.environ |= {
 }  # fmt: skip
 
 import torch
+from latentkv.testing.engines import TINY, fill_vllm_weights
 from vllm import LLM, SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-# The CPU's decode kernel knows L = 512 and R = 64 only.
-TINY: dict[str, Any] = {
-    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "attention_bias": False,
-    "attention_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 1, "hidden_act":
-    "silu", "hidden_size": 256, "intermediate_size": 256, "kv_lora_rank": 512, "max_position_embeddings": 4096,
-    "moe_intermediate_size": 64, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 4, "n_shared_experts": 1,
-    "norm_topk_prob": False, "num_attention_heads": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3,
-    "num_key_value_heads": 4, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps":
-    1e-06, "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "tie_word_embeddings":
-    False, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
-    "original_max_position_embeddings": 4096, "type": "yarn"}, "topk_group": 1, "topk_method": "greedy",
-    "use_cache": True, "v_head_dim": 128, "vocab_size": 512,
-}  # fmt: skip
 
 
 class Forced(AdapterLogitsProcessor):  # type: ignore[misc]
@@ -62,25 +49,6 @@ class Forced(AdapterLogitsProcessor):  # type: ignore[misc]
             return logits
 
         return force
-
-
-def fill_weights() -> None:
-    """Random weights that matter: vLLM's own are so small that logits depend on the last token alone."""
-    from vllm.model_executor.model_loader import dummy_loader, weight_utils
-
-    calls = 0
-
-    def fill(param: torch.Tensor, *_: Any, **__: Any) -> None:
-        nonlocal calls
-        if not param.is_floating_point() or param.device.type == "meta":
-            return
-        calls += 1
-        noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(calls))
-        param.data.copy_(1 + 0.1 * noise if param.dim() < 2 else noise * param.shape[-1] ** -0.5)
-
-    weight_utils.initialize_single_dummy_weight = fill
-    if hasattr(dummy_loader, "initialize_single_dummy_weight"):
-        dummy_loader.initialize_single_dummy_weight = fill
 
 
 def count_steps() -> collections.Counter[tuple[int, int]]:
@@ -110,7 +78,7 @@ def engine(file: pathlib.Path) -> None:
     model.mkdir()
     config = TINY | run["model"]
     (model / "config.json").write_text(json.dumps(config))
-    fill_weights()
+    fill_vllm_weights()
     if run["without"]:
         module, name = run["without"].split(":")
         importlib.import_module("vllm.model_executor.layers.attention")
