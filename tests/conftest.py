@@ -19,6 +19,7 @@ from latentkv.providers import Provider
 from latentkv.testing.matrix import devices
 
 pytest_plugins = ["latentkv.testing.plugin"]
+collect_ignore = ["engines"]  # those have environments of their own: make test-vllm
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
