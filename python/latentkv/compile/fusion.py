@@ -362,10 +362,10 @@ class _Fuser:
         self.taken.update(dead)
         inputs = update.node.all_input_nodes
         self.graph.erase_node(update.node)  # by hand: no compiler may, as it writes
-        erase_dead([*inputs, *dead])
         changed = [node for node in changed if not node._erased]
         sort_between(min([fused, *changed]), max([last, fused]))
-        refresh_views(sorted(set(changed)))
+        erase_dead([*inputs, *dead])
+        refresh_views(sorted({node for node in changed if not node._erased}))
 
     def _insert(self, plan: _Plan) -> Node:
         """The fused op."""

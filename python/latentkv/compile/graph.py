@@ -394,7 +394,7 @@ def erase_dead(nodes: Iterable[Node]) -> None:
 
 
 def _lasting(node: Node) -> bool:
-    return node.op != "call_function" or (node.target not in FUNCTIONALIZED and node.is_impure())
+    return node.op != "call_function" or node.is_impure()
 
 
 def sort_between(first: Node, last: Node) -> None:
