@@ -501,12 +501,12 @@ class _Author:
         self.write(part + self.one_of(".mul_(0.5)", ".zero_()", ".clamp_(min=0)", ".add_(1)"))
 
     def _state(self, v: str) -> None:
-        """What positions, tables, slots and counters are changes."""
-        options = ["count_(counter)", "table.neg_()", "table2.copy_(table)", "scale.mul_(2)"]
+        """What steps read changes; slots, scales and caches only where the update has them as arguments."""
+        options = ["count_(counter)", "table.neg_()", "table2.copy_(table)"]
         if self.added < MAX_POSITION - FREE_POSITIONS - 1:
             options += ["positions.add_(1)"]
         if self.by_argument:
-            options += ["slots.copy_(slots2)", "cache0[1].zero_()"]
+            options += ["slots.copy_(slots2)", "scale.mul_(2)", "cache0[1].zero_()"]
         line = self.one_of(*options)
         self.added += line.startswith("positions")
         self.write(line)

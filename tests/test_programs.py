@@ -12,10 +12,12 @@ from collections import Counter
 from typing import Any
 
 import engine_ops
+import pytest
 import torch
 import torch._inductor.config
 from hypothesis import Phase, event, example, given, reject, settings
 from latentkv.compile import FusionPass
+from latentkv.testing import assert_same_bytes
 from programs import Program, programs
 from test_fusion import Outcome, assert_same, execute, lower, settings_of_all_runs
 from torch._dynamo.exc import BackendCompilerFailed
@@ -193,3 +195,10 @@ def test_inductor(device: str, program: Program) -> None:
     on = run(fuse={})
     assert_same(off, on)
     record(on)
+
+
+def test_tensors_of_any_strides_are_compared() -> None:
+    for t in (torch.tensor(1.5), torch.ones(1, 24)[:, -1], torch.ones(3, 4).t(), torch.ones(1, 4, 8)[..., ::2]):
+        assert_same_bytes(t, t.clone())
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same_bytes(t, t + 1)
