@@ -41,6 +41,7 @@ from .graph import (
     fake_like,
     fake_result,
     has_side_effects,
+    is_intermediate,
     is_rope,
     is_tensor,
     mutated_view,
@@ -362,10 +363,10 @@ class _Fuser:
         self.taken.update(dead)
         inputs = update.node.all_input_nodes
         self.graph.erase_node(update.node)  # by hand: no compiler may, as it writes
-        erase_dead([*inputs, *dead])
         changed = [node for node in changed if not node._erased]
         sort_between(min([fused, *changed]), max([last, fused]))
-        refresh_views(sorted(set(changed)))
+        erase_dead([*inputs, *dead])
+        refresh_views(sorted({node for node in changed if not node._erased}))
 
     def _insert(self, plan: _Plan) -> Node:
         """The fused op."""
@@ -473,6 +474,8 @@ def _check_views(q: Rotation, k: Rotation, rows: Any) -> None:
             raise Unfused(Reason.SHAPE, f"elements of a head {rotation.view.stride[2]} apart")
         if shares_storage(rotation.root):
             raise Unfused(Reason.SHAPE, f"{rotation.root.name} is a view as another dtype")
+        if is_intermediate(rotation.root):
+            raise Unfused(Reason.SHAPE, f"{rotation.root.name} becomes a part of another tensor")
 
 
 def _bound(node: Node) -> bool:
