@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from latentkv.testing.engines import TINY, V2_LITE, V3, fill_vllm_weights
+from latentkv.testing.engines import TINY, V2_LITE, V3, VLLM_OFFLINE, fill_vllm_weights
 from rich.console import Console
 from rich.table import Table
 
@@ -44,10 +44,7 @@ OWN_PASS = {
 MODES = ("off", "own", "rope", "prologue")
 BATCHES = (1, 8, 32, 128)
 PROMPT, TOKENS, REPETITIONS = 128, 64, 3
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_DEEP_GEMM": "0",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
-}  # fmt: skip
+ENVIRONMENT = VLLM_OFFLINE | {"VLLM_USE_DEEP_GEMM": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 console = Console(width=150, highlight=False)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from latentkv.testing.engines import V3
+from latentkv.testing.engines import V3, VLLM_OFFLINE
 
 SMALL_V3 = V3 | {
     "q_lora_rank": 128, "n_group": 2, "num_attention_heads": 2, "qk_nope_head_dim": 64, "v_head_dim": 64,
@@ -36,6 +36,11 @@ RUNS: dict[str, dict[str, Any]] = {
     # Without YaRN another class of vLLM's rotates.
     "V2 plain prologue": {"mode": "prologue", "model": {"rope_scaling": None}},
 }
+
+
+ENVIRONMENT = VLLM_OFFLINE | {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_DISABLE_COMPILE_CACHE": "1", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 
 class Result(NamedTuple):
@@ -70,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         told = {"model": {}, "without": ""} | run | _requests() | {"engine": engine}
         (place / f"{name}.json").write_text(json.dumps(told))
     command = [sys.executable, str(Path(__file__).with_name("vllm_run.py")), str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=1500)
     logs = {name: (place / f"{name}.log").read_text() for name in RUNS if (place / f"{name}.log").exists()}
     for name in RUNS:
         assert (place / f"{name}.pt").exists(), f"{name}: {logs.get(name, '')[-6000:]}\n{done.stderr[-2000:]}"

@@ -20,12 +20,6 @@ import pathlib
 import sys
 from typing import Any
 
-os.environ |= {
-    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_DISABLE_COMPILE_CACHE": "1",
-    "OMP_NUM_THREADS": "1",
-}  # fmt: skip
-
 import torch
 from latentkv.testing.engines import TINY, fill_vllm_weights
 from vllm import LLM, SamplingParams

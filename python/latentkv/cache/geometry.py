@@ -16,10 +16,9 @@ Dims = tuple[tuple[int, int], ...]  # (stride in bytes, size)
 
 
 class Span(NamedTuple):
-    """The bytes of a tensor: the first, the one past the last, and its dimensions."""
+    """The bytes of a tensor: the first, its dimensions, and how many an element has."""
 
     begin: int
-    end: int
     dims: Dims
     item: int
 
@@ -29,9 +28,9 @@ class Span(NamedTuple):
         shape = t.shape if width is None else (*t.shape[:-1], width)
         if 0 in shape:
             return None
-        item, begin = t.element_size(), t.data_ptr()
+        item = t.element_size()
         dims = tuple((stride * item, size) for stride, size in zip(t.stride(), shape, strict=True) if size > 1)
-        return cls(begin, begin + item + sum(stride * (size - 1) for stride, size in dims), dims, item)
+        return cls(t.data_ptr(), dims, item)
 
 
 def _extent(dims: Dims, item: int) -> int:

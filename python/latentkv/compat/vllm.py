@@ -17,6 +17,8 @@ from ..providers import public
 __all__ = ["concat_and_cache_mla", "concat_and_cache_mla_rope_fused", "rotary_embedding"]
 
 _FORMATS = {"bfloat16": "bf16", "float16": "fp16", "fp8_e5m2": "fp8_e5m2", "fp8_ds_mla": "fp8_ds_mla"}
+CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", *_FORMATS)
+"""vLLM's words for the formats that are written here."""
 
 
 def format_of(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
@@ -27,8 +29,7 @@ def format_of(kv_cache_dtype: str, kv_c: Tensor, kv_cache: Tensor) -> str:
         typed = (f.name for f in FORMATS.values() if f.name.startswith("fp8_e4m3") and f.dtype == kv_cache.dtype)
         return next(typed, Platform.detect().fp8_format)
     if kv_cache_dtype not in _FORMATS:
-        known = ", ".join(("auto", "fp8", "fp8_e4m3", *_FORMATS))
-        raise ValueError(f"kv_cache_dtype: expected one of {known}, got {kv_cache_dtype!r}")
+        raise ValueError(f"kv_cache_dtype: expected one of {', '.join(CACHE_DTYPES)}, got {kv_cache_dtype!r}")
     return _FORMATS[kv_cache_dtype]
 
 

@@ -4,7 +4,7 @@ It is imported by processes that never run a model, so nothing of vLLM's layers 
 environment variables steer it:
 
 ``LATENTKV_VLLM``
-    ``prologue`` (default): all between the projections and attention of decode tokens is one launch.
+    ``prologue`` (default): of decode tokens, all between the absorbing product and attention is one launch.
     ``rope``: RMSNorm, RoPE and the cache's rows only; vLLM does the rest. For comparisons.
     ``off``: vLLM as it is.
 ``LATENTKV_VLLM_WRITES``

@@ -22,14 +22,21 @@ NEEDS = (
     "vllm.compilation.breakable_cudagraph:eager_break_during_capture(fn)",
     "vllm.config:get_current_vllm_config()",
     "vllm.config.compilation:CompilationConfig._attention_ops",
+    "vllm.config.compilation:CompilationConfig.pass_config",
+    "vllm.config.compilation:PassConfig.fuse_attn_quant",
+    "vllm.config.model:ModelConfig.hf_text_config",
+    "vllm.config.parallel:ParallelConfig.decode_context_parallel_size",
     "vllm.model_executor.custom_op:op_registry_oot",
     "vllm.model_executor.custom_op:PluggableLayer.register_oot",
     "vllm.model_executor.layers.attention.attention:get_attention_context(layer_name)",
     "vllm.model_executor.layers.attention.kv_transfer_utils:maybe_transfer_kv_layer(func)",
+    "vllm.model_executor.layers.layernorm:RMSNorm.has_weight",
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_epsilon",
     "vllm.model_executor.layers.layernorm:RMSNorm.variance_size_override",
     f"{_ROPE}.base:RotaryEmbeddingBase.cos_sin_cache",
+    f"{_ROPE}.base:RotaryEmbeddingBase.head_size",
     f"{_ROPE}.base:RotaryEmbeddingBase.is_neox_style",
+    f"{_ROPE}.base:RotaryEmbeddingBase.rotary_dim",
     f"{_ROPE}.base:RotaryEmbedding.forward_native(positions, query, key)",
     f"{_ROPE}.deepseek_scaling_rope:DeepseekScalingRotaryEmbedding.forward_native(positions, query, key)",
     "vllm.platforms:current_platform",
@@ -38,6 +45,7 @@ NEEDS = (
     "vllm.utils.torch_utils:LayerNameType",
     "vllm.utils.torch_utils:_encode_layer_name(layer_name)",
     "vllm.utils.torch_utils:_resolve_layer_name(layer_name)",
+    "vllm.version:__version__",
     f"{_MLA}.forward(positions, hidden_states, llama_4_scaling)",
     *(
         f"{_MLA}.{name}"
@@ -53,7 +61,7 @@ NEEDS = (
         f"{_ATTENTION}.{name}"
         for name in (
             "attn_backend", "impl", "is_aiter_triton_fp4_bmm_enabled", "is_aiter_triton_fp8_bmm_enabled", "kv_cache",
-            "kv_cache_dtype", "layer_name", "q_pad_num_heads", "use_direct_call", "use_pcp",
+            "kv_cache_dtype", "layer_name", "q_pad_num_heads", "quant_config", "use_direct_call", "use_pcp",
         )
     ),
     *(
@@ -61,7 +69,13 @@ NEEDS = (
         for name in (
             "MLACommonMetadata.num_actual_tokens",
             "MLACommonMetadata.num_decode_tokens",
+            "MLACommonMetadata.decode",
+            "MLACommonMetadata.num_decodes",
+            "MLACommonMetadata.query_start_loc",
+            "MLACommonDecodeMetadata.seq_lens",
+            "MLACommonImpl.forward_mha(q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output)",
             "MLACommonImpl.forward_mqa(q, kv_c_and_k_pe_cache, attn_metadata, layer)",
+            "MLACommonImpl.lse_base_on_e",
             "MLACommonImpl.dcp_world_size",
             "MLACommonImpl.supports_quant_query_input",
             "is_quantized_kv_cache",

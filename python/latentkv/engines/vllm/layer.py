@@ -123,7 +123,8 @@ class Step:
         self._heads, self._nope = layer.num_heads, layer.qk_nope_head_dim
         self._latent, self._turned = layer.kv_lora_rank, layer.qk_rope_head_dim
         self._backend = layer.mla_attn.attn_backend.get_name()
-        self._cache: MLACache | None = None
+        self._fp8 = attention.is_quantized_kv_cache(layer.mla_attn.kv_cache_dtype)
+        self._cache: tuple[Tensor, MLACache] | None = None  # vLLM's tensor, and the same for latentkv
         Step.served.append(self)
 
     def __call__(
@@ -169,11 +170,11 @@ class Step:
             attn.forward_impl(q, kv_c, k_pe.unsqueeze(1), kv_cache, metadata, output=output)
 
     def _cache_of(self, kv_cache: Tensor, kv_c: Tensor) -> MLACache:
-        if self._cache is None or self._cache.tensors[0].data_ptr() != kv_cache.data_ptr():
+        if self._cache is None or self._cache[0] is not kv_cache:
             format: Any = format_of(self._attn.kv_cache_dtype, kv_c, kv_cache)
             layout = CacheLayout(self._latent, self._turned, kv_cache.shape[1], format)
-            self._cache = MLACache.wrap(kv_cache, layout, self._attn._k_scale.view(1))
-        return self._cache
+            self._cache = kv_cache, MLACache.wrap(kv_cache, layout, self._attn._k_scale.view(1))
+        return self._cache[1]
 
     def _write(self, q: Tensor, kv_c: Tensor, k_pe: Tensor, positions: Tensor, slots: Tensor, cache: MLACache) -> None:
         """Rows, and what attention over unabsorbed queries reads, in place: kv_c normalised, q and k_pe rotated."""
@@ -191,7 +192,7 @@ class Step:
         """Rows, and the absorbed query as attention reads it."""
         nope, q_pe = self._absorbed(q[..., : self._nope]), q[..., self._nope :]
         parts = self._backend in PARTS and self._ranks() == 1
-        fp8 = cache.layout.format.startswith("fp8") and self._attn.impl.supports_quant_query_input
+        fp8 = self._fp8 and self._attn.impl.supports_quant_query_input
         rope = torch.empty_like(q_pe, memory_format=torch.contiguous_format) if parts else None
         query = public.decode_prologue(
             None if parts else nope, q_pe, kv_c, k_pe, positions, self._rope.cos_sin_cache, slots, cache,
@@ -221,8 +222,7 @@ class Step:
 
     def _typed(self, kv_cache: Tensor) -> Tensor:
         """The cache as vLLM's readers take it."""
-        fp8 = attention.is_quantized_kv_cache(self._attn.kv_cache_dtype)
-        return kv_cache.view(current_platform.fp8_dtype()) if fp8 else kv_cache
+        return kv_cache.view(current_platform.fp8_dtype()) if self._fp8 else kv_cache
 
     def _ranks(self) -> int:
         """Ranks that share a sequence's rows. vLLM up to 0.26 finds out at the first step."""

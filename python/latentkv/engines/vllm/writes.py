@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...cache.platform import Platform
-from ...compat.vllm import concat_and_cache_mla
-
-_SERVED = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+from ...compat.vllm import CACHE_DTYPES, concat_and_cache_mla
 
 
 def rebound(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,10 +26,8 @@ def rebound(own: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        packed = kv_cache_dtype == "fp8_ds_mla" and Platform.detect().fp8_format == "fp8_e4m3fn"
-        ours = packed or kv_cache_dtype in _SERVED
-        (concat_and_cache_mla if ours else own)(
-            kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, *args, **kwargs
-        )
+        fnuz_tiles = kv_cache_dtype == "fp8_ds_mla" and Platform.detect().fp8_format == "fp8_e4m3fnuz"
+        op = concat_and_cache_mla if kv_cache_dtype in CACHE_DTYPES and not fnuz_tiles else own
+        op(kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype, scale, *args, **kwargs)
 
     return write
