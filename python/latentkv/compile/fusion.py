@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from ..cache.layouts import FORMATS
@@ -34,15 +35,13 @@ from .graph import (
     FUNCTIONALIZED,
     META_ONLY,
     View,
-    call_of,
+    arguments,
     closure,
     erase_dead,
     expr_of,
     fake_like,
     fake_result,
-    has_side_effects,
     is_rope,
-    is_tensor,
     mutated_view,
     number,
     op_name,
@@ -75,9 +74,7 @@ class _Update:
     @property
     def kwargs(self) -> dict[str, Any]:
         """Its arguments as they are now: what fuses another site changes them."""
-        call = call_of(self.node)
-        assert call is not None
-        return call[1]
+        return arguments(self.node)
 
     @property
     def kv_c(self) -> Node:
@@ -128,6 +125,7 @@ class _Plan:
     old: list[tuple[Node, Node]] = field(default_factory=list)  # a reader and the tensor it reads, to stay with the old
     new: list[tuple[Node, Node]] = field(default_factory=list)  # the same, to go to the new storage
     last: Node = field(init=False)  # of what the fused op is computed from
+    gone: set[Node] = field(init=False)  # the update, the families and their copies: what will have no place any more
 
 
 class _Fuser:
@@ -136,8 +134,8 @@ class _Fuser:
     def __init__(self, graph: Graph, allow_rounding: bool) -> None:
         self.graph, self.allow_rounding = graph, allow_rounding
         self.taken: set[Node] = set()  # queries that belong to a site already
+        self._effects: dict[Any, bool] = {}  # by op
         self._finders: dict[Any, Finder] = {}  # by N
-        self._queries: dict[Any, dict[Node, int]] = {}  # by N, what may be a query, and its place in the graph
 
     def run(self) -> list[Site]:
         """Fuses what can be fused, and says what became of every site."""
@@ -168,8 +166,24 @@ class _Fuser:
             if op is not None and (op.layer or node.target in FUNCTIONALIZED):
                 yield _Update(node, name, op)
 
+    def _lasts(self, node: Node) -> bool:
+        """Whether a node stays though nobody takes its result."""
+        key = node.op, node.target, node.args[0] if node.target in FUNCTIONALIZED else None
+        if key not in self._effects:
+            self._effects[key] = node.op == "output" or node.is_impure()
+        return self._effects[key]
+
+    def _has_effects(self, node: Node) -> bool:
+        """Whether torch knows of effects of the node, but for the copies to inputs at the end of a graph."""
+        if node.target is torch.ops.higher_order.with_effects:
+            return True
+        return node.op == "call_function" and node.target is not aten.copy_.default and self._lasts(node)
+
     def _finder(self, rows: Any) -> Finder:
-        return self._finders.setdefault(expr_of(rows), Finder(rows))
+        key = expr_of(rows)
+        if key not in self._finders:
+            self._finders[key] = Finder(self.graph, rows)
+        return self._finders[key]
 
     def _key(self, update: _Update) -> Rotation:
         """The rotation that makes k_pe."""
@@ -210,14 +224,8 @@ class _Fuser:
 
     def _query(self, update: _Update, k: Rotation) -> Rotation:
         """The query that is rotated as the key is, and nearest to it."""
-        rows = k.view.size[0]
-        finder = self._finder(rows)
-        if expr_of(rows) not in self._queries:
-            made = finder.exact.made_of_angles(self.graph)
-            self._queries[expr_of(rows)] = {
-                node: i for i, node in enumerate(made) if is_rope(node) or (is_tensor(node) and finder.is_turned(node))
-            }
-        place = self._queries[expr_of(rows)]
+        finder = self._finder(k.view.size[0])
+        place = finder.turned
         for node in sorted(place, key=lambda n: abs(place[n] - place.get(k.node, 0))):
             if node in self.taken or node._erased or _follows(node, update.node):
                 continue
@@ -228,7 +236,7 @@ class _Fuser:
             elif node.meta["val"].dim() == 3 and node.meta["val"].dtype == k.root.meta["val"].dtype:
                 rotations = [r for r in [finder.rotation_of(node)] if r is not None and not r.root._erased]
             for rotation in rotations:
-                if k.same_angles(rotation) and (rotation.root, rotation.view) != (k.root, k.view):
+                if k.angles == rotation.angles and (rotation.root, rotation.view) != (k.root, k.view):
                     return rotation
         raise Unfused(Reason.NO_QUERY)
 
@@ -240,7 +248,8 @@ class _Fuser:
         _check_dtypes(update, q, k)
         if not (k.exact and q.exact) and not self.allow_rounding:
             raise Unfused(Reason.ROUNDING, k.op)
-        e = self._finder(k.view.size[0]).elements(k.exact and q.exact)
+        finder = self._finder(k.view.size[0])
+        e = finder.exact if k.exact and q.exact else finder.real
         why: Unfused | None = None
         for pair in itertools.product(origins(q, e), origins(k, e)):
             try:
@@ -260,7 +269,7 @@ class _Fuser:
         family = {node: storage for storage in plan.storages for node in storage.family}
         copies = {node for storage in plan.storages for node in storage.copies}
         own = {at, *(u for u in at.users if u.target is operator.getitem)}
-        gone = {*family, *copies, *own}
+        gone = plan.gone = {*family, *copies, *own}
         roots = [storage.root for storage in plan.storages]
         first, last = min(roots), max(gone)
 
@@ -283,17 +292,19 @@ class _Fuser:
         plan.last = max(before)
 
         # After: all that is alive once every member of the families has its place in the new storage.
-        def alive(reader: Node) -> bool:
-            def users(n: Node) -> Iterable[Node]:
-                return () if last < n else (u for u in n.users if u not in gone)
+        def later(node: Node) -> Iterable[Node]:
+            return () if last < node else (user for user in node.users if user not in gone)
 
-            return any(last < n or n.op == "output" or n.is_impure() for n in closure([reader], users))
+        alive: set[Node] = set()
+        for node in sorted(closure((u for n in (*family, *copies) for u in n.users), later), reverse=True):
+            if last < node or self._lasts(node) or any(user in alive for user in later(node)):
+                alive.add(node)
 
         apart: list[tuple[Node, Node]] = []
         for node, storage in family.items():
             for reader in node.users:
                 written = reader.target is aten.copy_.default and reader.args[0] is node
-                if reader in gone or written or not alive(reader):
+                if reader in gone or written or reader not in alive:
                     continue
                 if reader.target in META_ONLY:
                     plan.old.append((reader, node))
@@ -319,15 +330,15 @@ class _Fuser:
         for reader, node in apart:  # what need not move stays
             (plan.old if reader < at and reader not in moved else plan.new).append((reader, node))
         caches = {view for base in update.used_caches for view in views_of(root_of(base))}
-        for node in moved:
-            if has_side_effects(node) and alive(node):
+        for node in moved & alive:
+            if self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
-            if any(n in caches for n in node.all_input_nodes) and node not in caches and alive(node):
+            if any(n in caches for n in node.all_input_nodes) and node not in caches:
                 raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update")
         node = at
         while node < plan.last:
             node = node.next
-            if node not in gone and has_side_effects(node):
+            if node not in gone and self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
 
     # -- the change
@@ -343,8 +354,9 @@ class _Fuser:
             twins = {storage.root: self._part(fused, 1 + i) for i, storage in enumerate(storages)}
             for storage in storages:
                 for node, member in storage.copies.items():
-                    changed += node.users
-                    self._replace(node, self._twin(member, storages, twins))
+                    if readers := [user for user in node.users if user not in plan.gone]:
+                        changed += readers
+                        self._replace(node, readers, self._twin(member, storages, twins))
             for reader, node in plan.new:
                 reader.replace_input_with(node, self._twin(node, storages, twins))
             caches = [self._part(fused, 1 + len(storages) + i) for i in range(len(update.used_caches))]
@@ -435,21 +447,18 @@ class _Fuser:
             made[node] = twin
         return made[node]
 
-    def _replace(self, node: Node, twin: Node) -> None:
-        """Puts a twin in the place of a copy. Where its strides are seen it has to be a copy, too."""
+    def _replace(self, node: Node, readers: Iterable[Node], twin: Node) -> None:
+        """Gives readers of a copy a twin in its place. Where its strides are seen it has to be a copy, too."""
         mine, others = View.of(node.meta["val"]), View.of(twin.meta["val"])
-        copied = twin
-        if node.users and mine != others:
-            copied = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
-            self._finish(copied, node)
-        bound = _bound(node)
-        for user in list(node.users):
+        bound = mine != others and _bound(node)
+        seeing = [user for user in readers if bound or (user.op == "output" and mine.steps != others.steps)]
+        if seeing:
+            copy = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
+            self._finish(copy, node)
+        for user in readers:
             if user.target in (aten.view.default, aten._unsafe_view.default):
                 user.target = aten.reshape.default  # the twin may have other strides
-            seen = bound or (user.op == "output" and mine.steps != others.steps)
-            user.replace_input_with(node, copied if seen else twin)
-        if copied is not twin and not copied.users:
-            self.graph.erase_node(copied)
+            user.replace_input_with(node, copy if user in seeing else twin)
 
 
 def _follows(node: Node, update: Node) -> bool:
@@ -548,4 +557,5 @@ def _check_dtypes(update: _Update, q: Rotation, k: Rotation) -> None:
 
 def fuse(graph: Graph, allow_rounding: bool) -> list[Site]:
     """Fuses RoPE and cache updates in a functionalised graph, and says what became of every site."""
-    return _Fuser(graph, allow_rounding).run()
+    with unset_fake_temporarily():  # the pass computes, with fingerprints
+        return _Fuser(graph, allow_rounding).run()
