@@ -22,6 +22,7 @@ pytest_plugins = ["latentkv.testing.plugin"]
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
+settings.register_profile("hour", parent=settings.get_profile("dev"), max_examples=6000)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The tensors here are too small to share among threads, and workers of pytest-xdist would fight over the cores.

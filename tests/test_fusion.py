@@ -148,17 +148,24 @@ class Outcome:
     report: Report
 
 
-def stop_at_graph(graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
-    """A backend: Inductor with all its graph passes, but the last graph is run by PyTorch, and kept in ``graphs``."""
-    from torch._inductor.compile_fx import _recursive_post_grad_passes, compile_fx, fake_tensor_prop
+def lower(gm: torch.fx.GraphModule, inputs: list[Any], is_inference: bool) -> None:
+    """Makes the last graph of Inductor's passes, ours among them, of what it is given."""
+    from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop
     from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.virtualized import V
 
+    view_to_reshape(gm)  # as Inductor does before its passes after the gradient
+    with V.set_fake_mode(fake_tensor_prop(gm, inputs)):
+        _recursive_post_grad_passes(gm, is_inference=is_inference)
+    gm.recompile()
+
+
+def stop_at_graph(graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
+    """A backend: Inductor with all its graph passes, but the last graph is run by PyTorch, and kept in ``graphs``."""
+    from torch._inductor.compile_fx import compile_fx
+
     def inner(gm: torch.fx.GraphModule, inputs: list[Any], *_: Any, is_inference: bool = False, **__: Any) -> Any:
-        view_to_reshape(gm)  # as Inductor does before its passes after the gradient, ours among them
-        with V.set_fake_mode(fake_tensor_prop(gm, inputs)):
-            _recursive_post_grad_passes(gm, is_inference=is_inference)
-        gm.recompile()
+        lower(gm, inputs, is_inference)
         graphs.append(gm)
 
         def run(args: list[Any]) -> Any:

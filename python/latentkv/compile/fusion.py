@@ -41,6 +41,7 @@ from .graph import (
     expr_of,
     fake_like,
     fake_result,
+    is_intermediate,
     is_rope,
     mutated_view,
     number,
@@ -482,6 +483,8 @@ def _check_views(q: Rotation, k: Rotation, rows: Any) -> None:
             raise Unfused(Reason.SHAPE, f"elements of a head {rotation.view.stride[2]} apart")
         if shares_storage(rotation.root):
             raise Unfused(Reason.SHAPE, f"{rotation.root.name} is a view as another dtype")
+        if is_intermediate(rotation.root):
+            raise Unfused(Reason.SHAPE, f"{rotation.root.name} becomes a part of another tensor")
 
 
 def _bound(node: Node) -> bool:

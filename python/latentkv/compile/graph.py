@@ -193,6 +193,17 @@ def root_of(node: Node) -> Node:
     return node
 
 
+def is_intermediate(node: Node) -> bool:
+    """Whether a node is a scatter that only goes into another: torch makes one of the two, and of this one a view."""
+    return node.target in _SCATTERS and any(u.target in _SCATTERS and u.args[1] is node for u in node.users)
+
+
+_SCATTERS = (
+    aten.slice_scatter.default, aten.select_scatter.default, aten.as_strided_scatter.default,
+    aten.diagonal_scatter.default,
+)  # fmt: skip
+
+
 def plain(positions: Node) -> Node:
     """The same positions before anything that only renames or widens them, so that the same can be told as the same."""
     while positions.op == "call_function":

@@ -17,6 +17,7 @@ from .graph import (
     View,
     arguments,
     expr_of,
+    is_intermediate,
     is_rope,
     is_tensor,
     mutated_view,
@@ -229,7 +230,7 @@ class Finder:
                     tables[wide[0], plain(found[1])] = None
         for x in expression:
             view = heads_of(x) if is_tensor(x) and x is not result and x.meta["val"].dtype == val.dtype else None
-            if view is None or list(map(expr_of, view.size)) != size:
+            if view is None or list(map(expr_of, view.size)) != size or is_intermediate(root_of(x)):
                 continue
             for table, positions in tables:
                 for is_neox in (False, True):

@@ -14,7 +14,8 @@ def poisoned(num_bytes: int, device: torch.device | str) -> Tensor:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().view(torch.uint8).reshape(*t.shape, t.element_size())
+    # A copy, as a dimension of one element may have any stride, and a view as bytes takes none but 1.
+    return t.unsqueeze(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def first_difference(actual: Tensor, expected: Tensor, *, any_nan: bool = False) -> str | None:

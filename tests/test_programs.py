@@ -1,0 +1,204 @@
+"""Whole programs, as hypothesis draws them: the compile pass changes no bit of what they return, mutate or cache.
+
+For an hour of them: ``pytest tests/test_programs.py --hypothesis-profile=hour --hypothesis-show-statistics``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections import Counter
+from typing import Any
+
+import engine_ops
+import pytest
+import torch
+import torch._inductor.config
+from hypothesis import Phase, event, example, given, reject, settings
+from latentkv.compile import FusionPass
+from latentkv.testing import assert_same_bytes
+from programs import Program, programs
+from test_fusion import Outcome, assert_same, execute, lower, settings_of_all_runs
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.exc import InductorError
+
+aten = torch.ops.aten
+
+
+class Both:
+    """A backend: Inductor's last graphs without the pass and with it, of one trace. ``on`` says which of them runs."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.impossible = False  # Inductor fails without the pass
+        self.fusion = FusionPass()
+        self.graphs: tuple[list[torch.fx.GraphModule], ...] = ([], [])
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        return compile_fx(gm, inputs, inner_compile=self._inner)
+
+    def _inner(
+        self, gm: torch.fx.GraphModule, inputs: list[Any], *_: Any, is_inference: bool = False, **__: Any
+    ) -> Any:
+        pair = gm, copy.deepcopy(gm)
+        for one, graphs, own in zip(pair, self.graphs, (None, self.fusion), strict=True):
+            self.impossible = own is None
+            with torch._inductor.config.patch(post_grad_custom_pre_pass=own):
+                lower(one, inputs, is_inference)
+            self.impossible = False
+            graphs.append(one)
+
+        def run(args: list[Any]) -> Any:
+            own = list(args)
+            args.clear()
+            return pair[self.on].forward(*own)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+def run_all(program: Program, device: str) -> list[Outcome]:
+    """The program as eager PyTorch runs it, and its graphs without the pass and with it.
+
+    Programs that Inductor fails at without the pass are passed over (functionalisation v1 has such).
+    """
+    both, fn, found = Both(), program.function(), []
+    with settings_of_all_runs(program.v2):
+        compiled = torch.compile(fn, backend=both, fullgraph=True, dynamic=program.dynamic)
+        for kind in ("eager", "off", "on"):
+            both.on = kind == "on"
+            engine_ops.NOTES.clear()
+            made, returned = [program.inputs(device, n) for n in program.rows], []
+            for inputs in made:
+                program.mark(inputs)
+                try:
+                    with inputs.step():
+                        returned += (fn if kind == "eager" else compiled)(inputs.t)
+                except BackendCompilerFailed:
+                    if both.impossible:
+                        reject()
+                    raise
+            returned.append(torch.tensor(engine_ops.NOTES))
+            found.append(Outcome(returned, made, both.graphs[both.on], [], both.fusion.report))
+    return found
+
+
+def copies_of_caches(outcome: Outcome) -> int:
+    """How many copies of whole caches the graphs make."""
+    shapes = {tuple(t.shape) for cache in outcome.inputs[0].caches.values() for t in cache.tensors}
+    kinds = (aten.clone.default, aten.copy.default, aten.slice_scatter.default, aten.as_strided_scatter.default)
+    made = [tuple(n.meta["val"].shape) for gm in outcome.graphs for n in gm.graph.nodes if n.target in kinds]
+    return sum(all(isinstance(size, int) for size in shape) and shape in shapes for shape in made)
+
+
+def strided_parts(outcome: Outcome) -> int:
+    """How many parts of tensors are taken for whole storages: Inductor may give a part a storage of its own."""
+    nodes = [node for gm in outcome.graphs for node in gm.graph.nodes if node.target is aten.as_strided.default]
+    kinds = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default)
+    sources = [node.args[0] for node in nodes]
+    return sum((x.args[0] if x.target is operator.getitem else x).target in kinds for x in sources)
+
+
+def check(program: Program, device: str) -> Outcome:
+    """The same bits, strides and effects, pass on or off; and no whole cache is copied that was not before."""
+    eager, off, on = run_all(program, device)
+    try:
+        assert_same(eager, off)
+    except AssertionError:
+        # Torch drops a clone whose strides are those of its source, a part, and takes that for what an op may mutate.
+        if strided_parts(off):
+            reject()
+        raise
+    assert_same(off, on)
+    assert [t.stride() for t in on.returned] == [t.stride() for t in off.returned]
+    assert copies_of_caches(on) <= copies_of_caches(off)
+    assert strided_parts(on) <= strided_parts(off)
+    return on
+
+
+def record(on: Outcome) -> None:
+    """Tells hypothesis's statistics what became of a program."""
+    sites = on.report.sites
+    fused = sum(site.fused for site in sites)
+    event(f"sites fused: {'all' if fused == len(sites) else 'some' if fused else 'none'}")
+    for reason in {site.reason.name for site in sites if site.reason}:
+        event(f"not fused: {reason}")
+
+
+NOBODY_READS = Program(
+    (
+        "all0 = x @ w_all0",
+        "q0, c0, k0 = all0.split([H * (P + R), L, R], -1)",
+        "q0 = q0.view(-1, H, P + R)",
+        "cos0, sin0 = table[positions].chunk(2, -1)",
+        "k0 = rotate(k0, cos0, sin0, 'neox', 'whole')",
+        "q0[..., P:] = rotate(q0[..., P:], cos0, sin0, 'neox', 'whole')",
+        "done0 = layer_write_cache(c0, k0, layer0)",
+        "x = x + done0.sum()",
+    )
+)
+# The key changes in place before it is rotated: a scatter of a scatter, of which torch makes one.
+SCATTERED_TWICE = Program(
+    (
+        "q0 = (x @ w_q0).view(-1, H, P + R)",
+        "kv0 = x @ w_kv0",
+        "c0, k0 = kv0.split([L, R], -1)",
+        "k0[:, -1].mul_(0.5)",
+        "cos0, sin0 = table[positions].chunk(2, -1)",
+        "q0[..., P:] = rotate(q0[..., P:], cos0, sin0, 'gptj', 'whole')",
+        "k0 = rotate(k0, cos0, sin0, 'gptj', 'whole')",
+        "write_cache_(c0, k0, slots, cache0, None, None, 'bf16')",
+        "out += attention(q0, None, c0, k0, None, cache0, None)",
+    )
+)
+# Shrinking takes minutes, and a program can be read as it is.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+EXAMPLES = settings().max_examples
+
+
+@settings(max_examples=EXAMPLES * 2 // 5, phases=PHASES)
+@given(program=programs())
+@example(NOBODY_READS)
+@example(SCATTERED_TWICE)
+def test_the_bits_stay(device: str, program: Program) -> None:
+    record(check(program, device))
+
+
+def test_a_third_of_the_programs_fuses(device: str) -> None:
+    """Of a sample that is always the same: else the tests here would prove nothing."""
+    found: Counter[bool] = Counter()
+
+    @settings(max_examples=18, derandomize=True, database=None, phases=PHASES)
+    @given(program=programs())
+    def sample(program: Program) -> None:
+        found[any(site.fused for site in check(program, device).report.sites)] += 1
+
+    sample()
+    assert found[True] >= found.total() / 3, found
+
+
+@settings(max_examples=EXAMPLES // 50, phases=PHASES)
+@given(program=programs())
+@example(SCATTERED_TWICE)
+def test_inductor(device: str, program: Program) -> None:
+    """What Inductor generates, with the pass and without."""
+    makes = [functools.partial(program.inputs, device, n) for n in program.rows]
+    run = functools.partial(
+        execute, program.function(), *makes, backend="inductor", dynamic=program.dynamic, v2=program.v2
+    )
+    try:
+        off = run()
+    except InductorError:
+        reject()
+    on = run(fuse={})
+    assert_same(off, on)
+    record(on)
+
+
+def test_tensors_of_any_strides_are_compared() -> None:
+    for t in (torch.tensor(1.5), torch.ones(1, 24)[:, -1], torch.ones(3, 4).t(), torch.ones(1, 4, 8)[..., ::2]):
+        assert_same_bytes(t, t.clone())
+        with pytest.raises(AssertionError, match="differ"):
+            assert_same_bytes(t, t + 1)
