@@ -904,6 +904,25 @@ def latent_from_the_rotated(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c + k_pe[:, :1], k_pe)
 
 
+@unfused(Reason.DEPENDENCE)
+def cache_is_read_before_its_update(t: Tensors) -> list[Tensor]:
+    """By attention with the rotated query: fused, it would need a copy of the whole cache."""
+    q, kv_c, k_pe = parts(t)
+    ours(t, q, k_pe)
+    out = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None)
+    torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
+    return list(out)
+
+
+@unfused(Reason.DEPENDENCE)
+def bytes_of_the_cache_are_read_before_its_update(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    ours(t, q, k_pe)
+    out = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"].view(torch.uint8), None)
+    torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
+    return list(out)
+
+
 @unfused(Reason.PADDING)
 def padded(t: Tensors) -> list[Tensor]:
     """Slots for fewer rows than positions: the unfused RoPE rotates them all, the fused op would not."""
@@ -1638,14 +1657,14 @@ def bytes_of_the_key_before(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c, turn_in_place(t, q, k_pe), old)
 
 
-@tricky(fused=0)
-def cache_is_read_before_the_update(t: Tensors) -> list[Tensor]:
-    """By attention with the rotated query: fused, it would need a copy of the whole cache."""
+@tricky(fused=1)
+def the_cache_as_it_was_is_read_by_others(t: Tensors) -> list[Tensor]:
+    """By what needs nothing that is rotated, and stays before."""
     q, kv_c, k_pe = parts(t)
     ours(t, q, k_pe)
-    seen = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None)
+    before = t["cache0"].float().sum()
     torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
-    return list(seen)
+    return [*torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None), before]
 
 
 @tricky(fused=1)

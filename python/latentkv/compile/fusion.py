@@ -53,6 +53,7 @@ from .graph import (
     shares_storage,
     sort_between,
     source_line,
+    storage_of,
     text_of,
     views_of,
 )
@@ -330,11 +331,11 @@ class _Fuser:
         moved = closure((n for n in start if n < at), lambda n: (u for u in n.users if u < at)) - gone
         for reader, node in apart:  # what need not move stays
             (plan.old if reader < at and reader not in moved else plan.new).append((reader, node))
-        caches = {view for base in update.used_caches for view in views_of(root_of(base))}
+        caches = set(map(storage_of, update.used_caches))
         for node in moved & alive:
             if self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
-            if any(n in caches for n in node.all_input_nodes) and node not in caches:
+            if storage_of(node) not in caches and any(storage_of(n) in caches for n in node.all_input_nodes):
                 raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update")
         node = at
         while node < plan.last:
