@@ -932,6 +932,21 @@ def padded(t: Tensors) -> list[Tensor]:
     return list(torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None))
 
 
+# What the report tells to do, where it knows more than the reason.
+ADVICE = {
+    "rope_in_bf16": "upcast q_pe, k_pe, cos and sin to fp32",
+    "rounded_table": "upcast q_pe, k_pe, cos and sin to fp32",
+    "vllm_with_fp32_table": "give it a table of 16 bits",
+    "unrotated_key_is_returned": "read k_pe only as rotated",
+    "whole_projection_is_returned": "return k_pe only as rotated",
+    "unrotated_query_is_read": "read q only as rotated",
+    "one_row_of_the_key_is_read": "read k_pe only as rotated",
+    "cache_is_read_before_its_update": "let it read the cache after the update",
+    "bytes_of_the_cache_are_read_before_its_update": "let it read the cache after the update",
+    "padded": "torch._check(slot_mapping.shape[0] == positions.shape[0])",
+}
+
+
 @pytest.mark.parametrize("name", UNFUSED)
 def test_unfused(name: str, device: str) -> None:
     """The report names the reason; the graph stays as it was, and right."""
@@ -944,7 +959,25 @@ def test_unfused(name: str, device: str) -> None:
     assert (site.update is None) == (reason is Reason.NO_UPDATE)
     assert calls(on.graphs) == calls(off.graphs)
     assert reason.name in str(on.report) and "test_fusion.py" in site.where
+    assert ADVICE.get(name, reason.advice) in site.advice and f"To fuse it, {site.advice} [" in str(site)
     assert not on.report.fused and on.report.unfused == [site]
+
+
+def test_heads_that_are_a_symbol(device: str) -> None:
+    """They are no place to work in; the report tells what to declare."""
+
+    def fn(t: Tensors) -> list[Tensor]:
+        _, kv_c, k_pe = parts(t)
+        q = t["q_in"] * 2
+        ours(t, q, k_pe)
+        return finish(q, kv_c, k_pe)
+
+    inputs = Inputs(device)
+    torch._dynamo.mark_dynamic(inputs.t["q_in"], 1)
+    with settings_of_all_runs(), enable() as fusion:
+        run_once(fn, inputs, dynamic=None)
+    (site,) = fusion.report.sites
+    assert site.reason is Reason.SHAPE and "declare no more than N dynamic" in str(site)
 
 
 def test_every_reason_has_a_test() -> None:

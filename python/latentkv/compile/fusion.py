@@ -58,7 +58,7 @@ from .graph import (
     views_of,
 )
 from .known_ops import UPDATE_OPS, UpdateOp
-from .report import Reason, Site, Unfused
+from .report import DECLARE_N, Reason, Site, Unfused
 from .rotation import Finder, Rotation, rotates_a_key, rotations_of
 from .storage import State, Storage, origins
 
@@ -130,6 +130,10 @@ class _Plan:
     gone: set[Node] = field(init=False)  # the update, the families and their copies: what will have no place any more
 
 
+def _unfused(update: str | None, rope: str | None, why: Unfused, node: Node) -> Site:
+    return Site(update, rope, False, why.reason, why.detail, source_line(node), why.advice)
+
+
 class _Fuser:
     """The pass over one graph."""
 
@@ -156,10 +160,10 @@ class _Fuser:
                 self._fuse(self._plan(update, k))
                 sites.append(Site(update.name, rope, True, where=source_line(update.node)))
             except Unfused as why:
-                sites.append(Site(update.name, rope, False, why.reason, why.detail, source_line(update.node)))
+                sites.append(_unfused(update.name, rope, why, update.node))
         for node in ropes:
             if node not in keys and node not in self.taken and rotates_a_key(node):
-                sites.append(Site(None, op_name(node), False, Reason.NO_UPDATE, where=source_line(node)))
+                sites.append(_unfused(None, op_name(node), Unfused(Reason.NO_UPDATE), node))
         return sites
 
     def _updates(self) -> Iterator[_Update]:
@@ -249,7 +253,7 @@ class _Fuser:
         q = self._query(update, k)
         _check_dtypes(update, q, k)
         if not (k.exact and q.exact) and not self.allow_rounding:
-            raise Unfused(Reason.ROUNDING, k.op)
+            raise Unfused(Reason.ROUNDING, q.op if k.exact else k.op, (q if k.exact else k).advice)
         finder = self._finder(k.view.size[0])
         e = finder.exact if k.exact and q.exact else finder.real
         why: Unfused | None = None
@@ -317,14 +321,15 @@ class _Fuser:
                 elif state is State.NEW:
                     plan.new.append((reader, node))
                 else:
-                    raise Unfused(Reason.OTHER_USER, text_of(reader))
+                    raise Unfused(Reason.OTHER_USER, text_of(reader), _other(plan, reader, storage))
         for storage in plan.storages:
             _check_input(storage)
             for node, member in storage.copies.items():
                 mine, others = View.of(node.meta["val"]), View.of(member.meta["val"])
                 seen = _bound(node) or any(user.op == "output" for user in node.users)
                 if seen and mine != others and not mine.contiguous:
-                    raise Unfused(Reason.SHAPE, f"the strides of {node.name} would change, and are seen")
+                    advice = "return q and what the update returns, not k_pe; or k_pe.contiguous()"
+                    raise Unfused(Reason.SHAPE, f"the strides of {node.name} would change, and are seen", advice)
 
         # The order: the update stays where it is; what needs the rotated values moves behind it, if it was before.
         start = (*copies, *(reader for reader, _ in plan.new))
@@ -336,7 +341,8 @@ class _Fuser:
             if self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
             if storage_of(node) not in caches and any(storage_of(n) in caches for n in node.all_input_nodes):
-                raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update")
+                advice = "let it read the cache after the update: the cache would be copied"
+                raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update", advice)
         node = at
         while node < plan.last:
             node = node.next
@@ -463,6 +469,13 @@ class _Fuser:
             user.replace_input_with(node, copy if user in seeing else twin)
 
 
+def _other(plan: _Plan, reader: Node, storage: Storage) -> str:
+    """What to do about a reader of what a storage holds before the rotation."""
+    names = [name for name, r in (("q", plan.q), ("k_pe", plan.k)) if r.root is storage.root]
+    verb = "return" if reader.op == "output" else "read"
+    return f"{verb} {' and '.join(names)} only as rotated, or rotate a clone by latentkv.rope_"
+
+
 def _follows(node: Node, update: Node) -> bool:
     """Whether a node needs what an update returns."""
     return update in closure([node], lambda n: (i for i in n.all_input_nodes if not i < update))
@@ -473,13 +486,13 @@ def _check_views(q: Rotation, k: Rotation, rows: Any) -> None:
         if number(node.meta["val"].stride(-1)) != 1 and number(node.meta["val"].shape[-1]) != 1:
             raise Unfused(Reason.SHAPE, f"{name} whose elements do not follow one another")
     if q.root is k.root and not q.view.apart(k.view, rows):
-        raise Unfused(Reason.OTHER_USER, "the key is a part of the query")
+        raise Unfused(Reason.OTHER_USER, "the key is a part of the query", "give the key a tensor of its own")
     for rotation in (q, k):
         row = rotation.view.row(rows)
         if row is None:
-            raise Unfused(Reason.SHAPE, "heads whose place is a symbol: only the number of tokens may be one")
+            raise Unfused(Reason.SHAPE, "heads whose place is a symbol", DECLARE_N)
         if not row.distinct:
-            raise Unfused(Reason.SHAPE, "heads that share their memory cannot be rotated in place")
+            raise Unfused(Reason.SHAPE, "heads that share their memory", "rotate a tensor that is not expanded")
         if number(rotation.view.stride[2]) != 1:
             raise Unfused(Reason.SHAPE, f"elements of a head {rotation.view.stride[2]} apart")
         if shares_storage(rotation.root):

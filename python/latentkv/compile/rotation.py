@@ -28,7 +28,7 @@ from .graph import (
     shape_text,
 )
 from .known_ops import ROPE_OPS, RopeOp
-from .report import Reason, Unfused
+from .report import DECLARE_N, Reason, Unfused
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class Rotation:
     table: Node
     is_neox: bool
     exact: bool  # to the bits that ours gives
+
+    @property
+    def advice(self) -> str:
+        """What to do to have the bits that ours gives."""
+        if self.op == "PyTorch":
+            return "upcast q_pe, k_pe, cos and sin to fp32, and round the result; or pass allow_rounding=True"
+        if ROPE_OPS[self.op].rounding == "contracts":
+            return "give it a table of 16 bits, or pass allow_rounding=True"
+        return Reason.ROUNDING.advice
 
     @property
     def angles(self) -> tuple[Any, ...]:
@@ -112,7 +121,8 @@ def rotations_of(node: Node) -> list[Rotation]:
         base, view = mutated
         heads = rope_dim and _heads(view, kwargs.get("head_size"), kwargs.get("rope_dim_offset", 0), rope_dim)
         if not heads:
-            raise Unfused(Reason.SHAPE, f"{argument} of {name}: {[expr_of(s) for s in view.size]}")
+            symbols = None in map(number, view.size[1:])
+            raise Unfused(Reason.SHAPE, f"{argument} of {name}: {list(map(expr_of, view.size))}", DECLARE_N * symbols)
         exact = op.rounds_as_ours(base.meta["val"].dtype, table.meta["val"].dtype)
         found.append(Rotation(name, node, root_of(base), heads, positions, table, kwargs["is_neox"], exact))
     return found
