@@ -16,6 +16,7 @@ What stands in the way raises ``Unfused`` before anything has changed.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -231,9 +232,11 @@ class _Fuser:
     def _query(self, update: _Update, k: Rotation) -> Rotation:
         """The query that is rotated as the key is, and nearest to it."""
         finder = self._finder(k.view.size[0])
-        place = finder.turned
-        for node in sorted(place, key=lambda n: abs(place[n] - place.get(k.node, 0))):
-            if node in self.taken or node._erased or _follows(node, update.node):
+        nodes, place = list(finder.turned), finder.turned
+        at = place.get(k.node, 0)
+        nearest = heapq.merge(reversed(nodes[:at]), nodes[at:], key=lambda n: abs(place[n] - at))
+        for node in nearest:
+            if node in self.taken or node._erased:
                 continue
             rotations: list[Rotation] = []
             if is_rope(node):
@@ -242,7 +245,8 @@ class _Fuser:
             elif node.meta["val"].dim() == 3 and node.meta["val"].dtype == k.root.meta["val"].dtype:
                 rotations = [r for r in [finder.rotation_of(node)] if r is not None and not r.root._erased]
             for rotation in rotations:
-                if k.angles == rotation.angles and (rotation.root, rotation.view) != (k.root, k.view):
+                other = k.angles == rotation.angles and (rotation.root, rotation.view) != (k.root, k.view)
+                if other and not _follows(node, update.node):
                     return rotation
         raise Unfused(Reason.NO_QUERY)
 
@@ -340,6 +344,8 @@ class _Fuser:
         for node in moved & alive:
             if self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
+            if not caches:
+                continue
             if storage_of(node) not in caches and any(storage_of(n) in caches for n in node.all_input_nodes):
                 advice = "let it read the cache after the update: the cache would be copied"
                 raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update", advice)
