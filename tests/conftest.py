@@ -23,7 +23,7 @@ collect_ignore = ["engines"]  # those have environments of their own: make test-
 
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True)
-settings.register_profile("hour", parent=settings.get_profile("dev"), max_examples=6000)
+settings.register_profile("hour", parent=settings.get_profile("dev"), max_examples=3600)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The tensors here are too small to share among threads, and workers of pytest-xdist would fight over the cores.

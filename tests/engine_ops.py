@@ -131,7 +131,7 @@ TEST_OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any] | None]] =
     ),
     # Nobody sees what it does but the host: FX keeps it, and its place, only because it is registered as impure.
     "latentkv_tests::note": ("(Tensor x) -> ()", note, lambda x: None),
-    "latentkv_tests::pure": ("(Tensor x) -> Tensor", lambda x: x.float() * 2, lambda x: x.float()),
+    "latentkv_tests::pure": ("(Tensor x) -> Tensor", lambda x: x.float() * 2, lambda x: x.float() * 2),
     "latentkv_tests::count_": ("(Tensor(a!) counter) -> ()", count, None),
 }
 

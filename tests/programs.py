@@ -218,7 +218,7 @@ class _Author:
         i, d = layer.i, self.dims
         q, c, k, kv = map(layer, ("q", "c", "k", "kv"))
         width = d.h * (d.p + d.r)
-        source = self.one_of("two", "two", "two", "one", "inputs", "flat", "of the query", "as before")
+        source = self.one_of("two", "two", "one", "inputs", "flat", "of the query", "of the query", "as before")
         if source == ("inputs" if i else "as before"):
             source = "two"
         if source == "one":
@@ -438,8 +438,8 @@ class _Author:
     # -- what else a model does, and what nobody would
 
     def noise(self) -> None:
-        v = self.one_of(*self.shapes)
-        kind = self.one_of("read", "read", "keep", "feed", "rebind", "change", "state")
+        v = self.one_of(*self.shapes, *(name for name in self.shapes if name[0] in "qkr"))
+        kind = self.one_of("read", "read", "keep", "feed", "rebind", "change", "change", "state")
         getattr(self, f"_{kind}")(v)
 
     def part(self, v: str) -> str:

@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentkv import CacheLayout, MLACache, Platform, build_cos_sin_cache
 from latentkv.compile import FusionError, FusionPass, Reason, Report, enable, layer_index, step
+from latentkv.compile.graph import SCATTERS
 from latentkv.testing import POISON, assert_same_bytes, poisoned
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -160,6 +161,19 @@ def lower(gm: torch.fx.GraphModule, inputs: list[Any], is_inference: bool) -> No
     gm.recompile()
 
 
+class Interpreter(torch.fx.Interpreter):
+    """Runs a graph as its fake tensors, and Inductor, have it.
+
+    Eager PyTorch leaves the result of a scatter where its source was in a larger storage.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        out = super().call_function(target, args, kwargs)
+        if target in SCATTERS and out.storage_offset():
+            out = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(out)
+        return out
+
+
 def stop_at_graph(graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
     """A backend: Inductor with all its graph passes, but the last graph is run by PyTorch, and kept in ``graphs``."""
     from torch._inductor.compile_fx import compile_fx
@@ -171,7 +185,7 @@ def stop_at_graph(graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
         def run(args: list[Any]) -> Any:
             own = list(args)
             args.clear()
-            return gm.forward(*own)
+            return Interpreter(gm).run(*own)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
@@ -904,6 +918,25 @@ def latent_from_the_rotated(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c + k_pe[:, :1], k_pe)
 
 
+@unfused(Reason.DEPENDENCE)
+def cache_is_read_before_its_update(t: Tensors) -> list[Tensor]:
+    """By attention with the rotated query: fused, it would need a copy of the whole cache."""
+    q, kv_c, k_pe = parts(t)
+    ours(t, q, k_pe)
+    out = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None)
+    torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
+    return list(out)
+
+
+@unfused(Reason.DEPENDENCE)
+def bytes_of_the_cache_are_read_before_its_update(t: Tensors) -> list[Tensor]:
+    q, kv_c, k_pe = parts(t)
+    ours(t, q, k_pe)
+    out = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"].view(torch.uint8), None)
+    torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
+    return list(out)
+
+
 @unfused(Reason.PADDING)
 def padded(t: Tensors) -> list[Tensor]:
     """Slots for fewer rows than positions: the unfused RoPE rotates them all, the fused op would not."""
@@ -911,6 +944,21 @@ def padded(t: Tensors) -> list[Tensor]:
     ours(t, q, k_pe)
     torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"][:3], t["cache0"], None, None, "bf16")
     return list(torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None))
+
+
+# What the report tells to do, where it knows more than the reason.
+ADVICE = {
+    "rope_in_bf16": "upcast q_pe, k_pe, cos and sin to fp32",
+    "rounded_table": "upcast q_pe, k_pe, cos and sin to fp32",
+    "vllm_with_fp32_table": "give it a table of 16 bits",
+    "unrotated_key_is_returned": "read k_pe only as rotated",
+    "whole_projection_is_returned": "return k_pe only as rotated",
+    "unrotated_query_is_read": "read q only as rotated",
+    "one_row_of_the_key_is_read": "read k_pe only as rotated",
+    "cache_is_read_before_its_update": "let it read the cache after the update",
+    "bytes_of_the_cache_are_read_before_its_update": "let it read the cache after the update",
+    "padded": "torch._check(slot_mapping.shape[0] == positions.shape[0])",
+}
 
 
 @pytest.mark.parametrize("name", UNFUSED)
@@ -925,7 +973,25 @@ def test_unfused(name: str, device: str) -> None:
     assert (site.update is None) == (reason is Reason.NO_UPDATE)
     assert calls(on.graphs) == calls(off.graphs)
     assert reason.name in str(on.report) and "test_fusion.py" in site.where
+    assert ADVICE.get(name, reason.advice) in site.advice and f"To fuse it, {site.advice} [" in str(site)
     assert not on.report.fused and on.report.unfused == [site]
+
+
+def test_heads_that_are_a_symbol(device: str) -> None:
+    """They are no place to work in; the report tells what to declare."""
+
+    def fn(t: Tensors) -> list[Tensor]:
+        _, kv_c, k_pe = parts(t)
+        q = t["q_in"] * 2
+        ours(t, q, k_pe)
+        return finish(q, kv_c, k_pe)
+
+    inputs = Inputs(device)
+    torch._dynamo.mark_dynamic(inputs.t["q_in"], 1)
+    with settings_of_all_runs(), enable() as fusion:
+        run_once(fn, inputs, dynamic=None)
+    (site,) = fusion.report.sites
+    assert site.reason is Reason.SHAPE and "declare no more than N dynamic" in str(site)
 
 
 def test_every_reason_has_a_test() -> None:
@@ -1638,14 +1704,14 @@ def bytes_of_the_key_before(t: Tensors) -> list[Tensor]:
     return finish(q, kv_c, turn_in_place(t, q, k_pe), old)
 
 
-@tricky(fused=0)
-def cache_is_read_before_the_update(t: Tensors) -> list[Tensor]:
-    """By attention with the rotated query: fused, it would need a copy of the whole cache."""
+@tricky(fused=1)
+def the_cache_as_it_was_is_read_by_others(t: Tensors) -> list[Tensor]:
+    """By what needs nothing that is rotated, and stays before."""
     q, kv_c, k_pe = parts(t)
     ours(t, q, k_pe)
-    seen = torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None)
+    before = t["cache0"].float().sum()
     torch.ops.latentkv.write_cache_(kv_c, k_pe, t["slots"], t["cache0"], None, None, "bf16")
-    return list(seen)
+    return [*torch.ops.latentkv_tests.attention(q, None, kv_c, k_pe, None, t["cache0"], None), before]
 
 
 @tricky(fused=1)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import engine_ops
@@ -17,9 +17,10 @@ import torch
 import torch._inductor.config
 from hypothesis import Phase, event, example, given, reject, settings
 from latentkv.compile import FusionPass
+from latentkv.compile.graph import expr_of, is_tensor, root_of
 from latentkv.testing import assert_same_bytes
-from programs import Program, programs
-from test_fusion import Outcome, assert_same, execute, lower, settings_of_all_runs
+from programs import LAYOUTS, Program, programs
+from test_fusion import Interpreter, Outcome, assert_same, execute, lower, settings_of_all_runs
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError
@@ -53,7 +54,7 @@ class Both:
         def run(args: list[Any]) -> Any:
             own = list(args)
             args.clear()
-            return pair[self.on].forward(*own)
+            return Interpreter(pair[self.on]).run(*own)
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
@@ -93,12 +94,30 @@ def copies_of_caches(outcome: Outcome) -> int:
     return sum(all(isinstance(size, int) for size in shape) and shape in shapes for shape in made)
 
 
+def shared(returned: Sequence[torch.Tensor]) -> set[tuple[int, int]]:
+    """The pairs of these that share their storage."""
+    return {
+        (i, j)
+        for i, a in enumerate(returned)
+        for j, b in enumerate(returned[:i])
+        if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() and b.numel()
+    }
+
+
 def strided_parts(outcome: Outcome) -> int:
     """How many parts of tensors are taken for whole storages: Inductor may give a part a storage of its own."""
-    nodes = [node for gm in outcome.graphs for node in gm.graph.nodes if node.target is aten.as_strided.default]
-    kinds = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default)
-    sources = [node.args[0] for node in nodes]
-    return sum((x.args[0] if x.target is operator.getitem else x).target in kinds for x in sources)
+    return sum(
+        node.target is aten.as_strided.default and is_part(node.args[0])
+        for gm in outcome.graphs
+        for node in gm.graph.nodes
+    )
+
+
+def is_part(node: Any) -> bool:
+    """Whether a tensor is a view of some elements of another, or an item of a list of such."""
+    root = root_of(node)
+    whole = not is_tensor(root) or expr_of(root.meta["val"].numel())
+    return root is not node and expr_of(node.meta["val"].numel()) != whole
 
 
 def check(program: Program, device: str) -> Outcome:
@@ -113,6 +132,7 @@ def check(program: Program, device: str) -> Outcome:
         raise
     assert_same(off, on)
     assert [t.stride() for t in on.returned] == [t.stride() for t in off.returned]
+    assert shared(on.returned) <= shared(off.returned)
     assert copies_of_caches(on) <= copies_of_caches(off)
     assert strided_parts(on) <= strided_parts(off)
     return on
@@ -153,6 +173,54 @@ SCATTERED_TWICE = Program(
         "out += attention(q0, None, c0, k0, None, cache0, None)",
     )
 )
+# Of one row Inductor drops the clone, and the zeros of no rows go into the part that was cloned.
+PART_OF_ONE_ROW = Program(
+    (
+        "all0 = x @ w_all0",
+        "q0, c0, k0 = all0.split([H * (P + R), L, R], -1)",
+        "q0 = q0.view(-1, H, P + R)",
+        "k0 = k0.unsqueeze(1).clone()",
+        "rope_(positions, q0[..., P:], None, table, False)",
+        "k0[3:].zero_()",
+        "rope_(positions, k0, None, table, False)",
+        "k0 = k0.reshape(-1, R)",
+        "concat_and_cache_mla(c0, k0, cache0, slots, 'auto', scale)",
+        "out += attention(q0, None, c0, k0, None, cache0, None)",
+    ),
+    rows=(1, 8),
+    dims=LAYOUTS[1],
+)
+# An op of the harness reads a strided part in fp32.
+READS_A_PART = Program(
+    (
+        "q0 = (x @ w_q0).view(-1, H, P + R)",
+        "kv0 = x @ w_kv0",
+        "c0, k0 = kv0[:, :L], kv0[:, L:]",
+        "out.append(pure(c0))",
+        "cos0, sin0 = table[positions].chunk(2, -1)",
+        "k0 = rotate(k0, cos0, sin0, 'half', 'whole')",
+        "q0[..., P:] = rotate(q0[..., P:], cos0, sin0, 'half', 'whole')",
+        "done0 = layer_write_cache(c0, k0, layer0)",
+        "x = x + done0.sum()",
+    ),
+    activation="fp32",
+    v2=False,
+)
+RETURNS_A_VIEW = Program(
+    (
+        "q0 = (x @ w_q0).view(-1, H, P + R)",
+        "k0, c0 = (x @ w_kv0).split([R, L], -1)",
+        "cos0, sin0 = table[positions].chunk(2, -1)",
+        "r0 = rotate(q0[..., P:], cos0, sin0, 'gptj', 'whole')",
+        "q0[..., P:] = r0",
+        "out.append(r0.transpose(0, 1).clone())",
+        "k0 = rotate(k0, cos0, sin0, 'gptj', 'whole')",
+        "done0 = layer_write_cache(c0, k0, layer0)",
+        "out += attention(q0, None, c0, k0, done0, None, name0)",
+    )
+)
+# A tensor and its copy: whoever changes one of them later must not change the other.
+RETURNS_A_COPY = Program((*RETURNS_A_VIEW.lines[:5], *RETURNS_A_VIEW.lines[6:8], "out += [q0, q0.clone(), k0, k0 * 1]"))
 # Shrinking takes minutes, and a program can be read as it is.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 EXAMPLES = settings().max_examples
@@ -162,6 +230,9 @@ EXAMPLES = settings().max_examples
 @given(program=programs())
 @example(NOBODY_READS)
 @example(SCATTERED_TWICE)
+@example(PART_OF_ONE_ROW)
+@example(RETURNS_A_VIEW)
+@example(RETURNS_A_COPY)
 def test_the_bits_stay(device: str, program: Program) -> None:
     record(check(program, device))
 
@@ -182,6 +253,7 @@ def test_a_third_of_the_programs_fuses(device: str) -> None:
 @settings(max_examples=EXAMPLES // 50, phases=PHASES)
 @given(program=programs())
 @example(SCATTERED_TWICE)
+@example(READS_A_PART)
 def test_inductor(device: str, program: Program) -> None:
     """What Inductor generates, with the pass and without."""
     makes = [functools.partial(program.inputs, device, n) for n in program.rows]

@@ -16,6 +16,7 @@ What stands in the way raises ``Unfused`` before anything has changed.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from ..cache.layouts import FORMATS
@@ -34,16 +36,14 @@ from .graph import (
     FUNCTIONALIZED,
     META_ONLY,
     View,
-    call_of,
+    arguments,
     closure,
     erase_dead,
     expr_of,
     fake_like,
     fake_result,
-    has_side_effects,
     is_intermediate,
     is_rope,
-    is_tensor,
     mutated_view,
     number,
     op_name,
@@ -54,11 +54,12 @@ from .graph import (
     shares_storage,
     sort_between,
     source_line,
+    storage_of,
     text_of,
     views_of,
 )
 from .known_ops import UPDATE_OPS, UpdateOp
-from .report import Reason, Site, Unfused
+from .report import DECLARE_N, Reason, Site, Unfused
 from .rotation import Finder, Rotation, rotates_a_key, rotations_of
 from .storage import State, Storage, origins
 
@@ -76,9 +77,7 @@ class _Update:
     @property
     def kwargs(self) -> dict[str, Any]:
         """Its arguments as they are now: what fuses another site changes them."""
-        call = call_of(self.node)
-        assert call is not None
-        return call[1]
+        return arguments(self.node)
 
     @property
     def kv_c(self) -> Node:
@@ -129,6 +128,11 @@ class _Plan:
     old: list[tuple[Node, Node]] = field(default_factory=list)  # a reader and the tensor it reads, to stay with the old
     new: list[tuple[Node, Node]] = field(default_factory=list)  # the same, to go to the new storage
     last: Node = field(init=False)  # of what the fused op is computed from
+    gone: set[Node] = field(init=False)  # the update, the families and their copies: what will have no place any more
+
+
+def _unfused(update: str | None, rope: str | None, why: Unfused, node: Node) -> Site:
+    return Site(update, rope, False, why.reason, why.detail, source_line(node), why.advice)
 
 
 class _Fuser:
@@ -137,8 +141,8 @@ class _Fuser:
     def __init__(self, graph: Graph, allow_rounding: bool) -> None:
         self.graph, self.allow_rounding = graph, allow_rounding
         self.taken: set[Node] = set()  # queries that belong to a site already
+        self._effects: dict[Any, bool] = {}  # by op
         self._finders: dict[Any, Finder] = {}  # by N
-        self._queries: dict[Any, dict[Node, int]] = {}  # by N, what may be a query, and its place in the graph
 
     def run(self) -> list[Site]:
         """Fuses what can be fused, and says what became of every site."""
@@ -157,10 +161,10 @@ class _Fuser:
                 self._fuse(self._plan(update, k))
                 sites.append(Site(update.name, rope, True, where=source_line(update.node)))
             except Unfused as why:
-                sites.append(Site(update.name, rope, False, why.reason, why.detail, source_line(update.node)))
+                sites.append(_unfused(update.name, rope, why, update.node))
         for node in ropes:
             if node not in keys and node not in self.taken and rotates_a_key(node):
-                sites.append(Site(None, op_name(node), False, Reason.NO_UPDATE, where=source_line(node)))
+                sites.append(_unfused(None, op_name(node), Unfused(Reason.NO_UPDATE), node))
         return sites
 
     def _updates(self) -> Iterator[_Update]:
@@ -169,8 +173,24 @@ class _Fuser:
             if op is not None and (op.layer or node.target in FUNCTIONALIZED):
                 yield _Update(node, name, op)
 
+    def _lasts(self, node: Node) -> bool:
+        """Whether a node stays though nobody takes its result."""
+        key = node.op, node.target, node.args[0] if node.target in FUNCTIONALIZED else None
+        if key not in self._effects:
+            self._effects[key] = node.op == "output" or node.is_impure()
+        return self._effects[key]
+
+    def _has_effects(self, node: Node) -> bool:
+        """Whether torch knows of effects of the node, but for the copies to inputs at the end of a graph."""
+        if node.target is torch.ops.higher_order.with_effects:
+            return True
+        return node.op == "call_function" and node.target is not aten.copy_.default and self._lasts(node)
+
     def _finder(self, rows: Any) -> Finder:
-        return self._finders.setdefault(expr_of(rows), Finder(rows))
+        key = expr_of(rows)
+        if key not in self._finders:
+            self._finders[key] = Finder(self.graph, rows)
+        return self._finders[key]
 
     def _key(self, update: _Update) -> Rotation:
         """The rotation that makes k_pe."""
@@ -211,16 +231,12 @@ class _Fuser:
 
     def _query(self, update: _Update, k: Rotation) -> Rotation:
         """The query that is rotated as the key is, and nearest to it."""
-        rows = k.view.size[0]
-        finder = self._finder(rows)
-        if expr_of(rows) not in self._queries:
-            made = finder.exact.made_of_angles(self.graph)
-            self._queries[expr_of(rows)] = {
-                node: i for i, node in enumerate(made) if is_rope(node) or (is_tensor(node) and finder.is_turned(node))
-            }
-        place = self._queries[expr_of(rows)]
-        for node in sorted(place, key=lambda n: abs(place[n] - place.get(k.node, 0))):
-            if node in self.taken or node._erased or _follows(node, update.node):
+        finder = self._finder(k.view.size[0])
+        nodes, place = list(finder.turned), finder.turned
+        at = place.get(k.node, 0)
+        nearest = heapq.merge(reversed(nodes[:at]), nodes[at:], key=lambda n: abs(place[n] - at))
+        for node in nearest:
+            if node in self.taken or node._erased:
                 continue
             rotations: list[Rotation] = []
             if is_rope(node):
@@ -229,7 +245,8 @@ class _Fuser:
             elif node.meta["val"].dim() == 3 and node.meta["val"].dtype == k.root.meta["val"].dtype:
                 rotations = [r for r in [finder.rotation_of(node)] if r is not None and not r.root._erased]
             for rotation in rotations:
-                if k.same_angles(rotation) and (rotation.root, rotation.view) != (k.root, k.view):
+                other = k.angles == rotation.angles and (rotation.root, rotation.view) != (k.root, k.view)
+                if other and not _follows(node, update.node):
                     return rotation
         raise Unfused(Reason.NO_QUERY)
 
@@ -240,8 +257,9 @@ class _Fuser:
         q = self._query(update, k)
         _check_dtypes(update, q, k)
         if not (k.exact and q.exact) and not self.allow_rounding:
-            raise Unfused(Reason.ROUNDING, k.op)
-        e = self._finder(k.view.size[0]).elements(k.exact and q.exact)
+            raise Unfused(Reason.ROUNDING, q.op if k.exact else k.op, (q if k.exact else k).advice)
+        finder = self._finder(k.view.size[0])
+        e = finder.exact if k.exact and q.exact else finder.real
         why: Unfused | None = None
         for pair in itertools.product(origins(q, e), origins(k, e)):
             try:
@@ -261,7 +279,7 @@ class _Fuser:
         family = {node: storage for storage in plan.storages for node in storage.family}
         copies = {node for storage in plan.storages for node in storage.copies}
         own = {at, *(u for u in at.users if u.target is operator.getitem)}
-        gone = {*family, *copies, *own}
+        gone = plan.gone = {*family, *copies, *own}
         roots = [storage.root for storage in plan.storages]
         first, last = min(roots), max(gone)
 
@@ -284,17 +302,19 @@ class _Fuser:
         plan.last = max(before)
 
         # After: all that is alive once every member of the families has its place in the new storage.
-        def alive(reader: Node) -> bool:
-            def users(n: Node) -> Iterable[Node]:
-                return () if last < n else (u for u in n.users if u not in gone)
+        def later(node: Node) -> Iterable[Node]:
+            return () if last < node else (user for user in node.users if user not in gone)
 
-            return any(last < n or n.op == "output" or n.is_impure() for n in closure([reader], users))
+        alive: set[Node] = set()
+        for node in sorted(closure((u for n in (*family, *copies) for u in n.users), later), reverse=True):
+            if last < node or self._lasts(node) or any(user in alive for user in later(node)):
+                alive.add(node)
 
         apart: list[tuple[Node, Node]] = []
         for node, storage in family.items():
             for reader in node.users:
                 written = reader.target is aten.copy_.default and reader.args[0] is node
-                if reader in gone or written or not alive(reader):
+                if reader in gone or written or reader not in alive:
                     continue
                 if reader.target in META_ONLY:
                     plan.old.append((reader, node))
@@ -305,30 +325,32 @@ class _Fuser:
                 elif state is State.NEW:
                     plan.new.append((reader, node))
                 else:
-                    raise Unfused(Reason.OTHER_USER, text_of(reader))
+                    raise Unfused(Reason.OTHER_USER, text_of(reader), _other(plan, reader, storage))
         for storage in plan.storages:
             _check_input(storage)
             for node, member in storage.copies.items():
-                mine, others = View.of(node.meta["val"]), View.of(member.meta["val"])
-                seen = _bound(node) or any(user.op == "output" for user in node.users)
-                if seen and mine != others and not mine.contiguous:
-                    raise Unfused(Reason.SHAPE, f"the strides of {node.name} would change, and are seen")
+                if (_held(node, member) or _returned_apart(node, member, storage)) and not _view(node).contiguous:
+                    advice = "return q and what the update returns, not k_pe; or k_pe.contiguous()"
+                    raise Unfused(Reason.SHAPE, f"the strides of {node.name} would change, and are seen", advice)
 
         # The order: the update stays where it is; what needs the rotated values moves behind it, if it was before.
         start = (*copies, *(reader for reader, _ in plan.new))
         moved = closure((n for n in start if n < at), lambda n: (u for u in n.users if u < at)) - gone
         for reader, node in apart:  # what need not move stays
             (plan.old if reader < at and reader not in moved else plan.new).append((reader, node))
-        caches = {view for base in update.used_caches for view in views_of(root_of(base))}
-        for node in moved:
-            if has_side_effects(node) and alive(node):
+        caches = set(map(storage_of, update.used_caches))
+        for node in moved & alive:
+            if self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
-            if any(n in caches for n in node.all_input_nodes) and node not in caches and alive(node):
-                raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update")
+            if not caches:
+                continue
+            if storage_of(node) not in caches and any(storage_of(n) in caches for n in node.all_input_nodes):
+                advice = "let it read the cache after the update: the cache would be copied"
+                raise Unfused(Reason.DEPENDENCE, f"{text_of(node)} reads the cache before the update", advice)
         node = at
         while node < plan.last:
             node = node.next
-            if node not in gone and has_side_effects(node):
+            if node not in gone and self._has_effects(node):
                 raise Unfused(Reason.SIDE_EFFECT, text_of(node))
 
     # -- the change
@@ -344,8 +366,9 @@ class _Fuser:
             twins = {storage.root: self._part(fused, 1 + i) for i, storage in enumerate(storages)}
             for storage in storages:
                 for node, member in storage.copies.items():
-                    changed += node.users
-                    self._replace(node, self._twin(member, storages, twins))
+                    if readers := [user for user in node.users if user not in plan.gone]:
+                        changed += readers
+                        self._replace(node, readers, self._twin(member, storages, twins), storage)
             for reader, node in plan.new:
                 reader.replace_input_with(node, self._twin(node, storages, twins))
             caches = [self._part(fused, 1 + len(storages) + i) for i in range(len(update.used_caches))]
@@ -436,21 +459,24 @@ class _Fuser:
             made[node] = twin
         return made[node]
 
-    def _replace(self, node: Node, twin: Node) -> None:
-        """Puts a twin in the place of a copy. Where its strides are seen it has to be a copy, too."""
-        mine, others = View.of(node.meta["val"]), View.of(twin.meta["val"])
-        copied = twin
-        if node.users and mine != others:
-            copied = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
-            self._finish(copied, node)
-        bound = _bound(node)
-        for user in list(node.users):
+    def _replace(self, node: Node, readers: Iterable[Node], twin: Node, storage: Storage) -> None:
+        """Gives readers of a copy a twin in its place, or a copy of that, where they see the difference."""
+        held, apart = _held(node, twin), _returned_apart(node, twin, storage)
+        seeing = [user for user in readers if held or (apart and user.op == "output")]
+        if seeing:
+            copy = self.graph.call_function(aten.clone.default, (twin,), {"memory_format": torch.contiguous_format})
+            self._finish(copy, node)
+        for user in readers:
             if user.target in (aten.view.default, aten._unsafe_view.default):
                 user.target = aten.reshape.default  # the twin may have other strides
-            seen = bound or (user.op == "output" and mine.steps != others.steps)
-            user.replace_input_with(node, copied if seen else twin)
-        if copied is not twin and not copied.users:
-            self.graph.erase_node(copied)
+            user.replace_input_with(node, copy if user in seeing else twin)
+
+
+def _other(plan: _Plan, reader: Node, storage: Storage) -> str:
+    """What to do about a reader of what a storage holds before the rotation."""
+    names = [name for name, r in (("q", plan.q), ("k_pe", plan.k)) if r.root is storage.root]
+    verb = "return" if reader.op == "output" else "read"
+    return f"{verb} {' and '.join(names)} only as rotated, or rotate a clone by latentkv.rope_"
 
 
 def _follows(node: Node, update: Node) -> bool:
@@ -463,13 +489,13 @@ def _check_views(q: Rotation, k: Rotation, rows: Any) -> None:
         if number(node.meta["val"].stride(-1)) != 1 and number(node.meta["val"].shape[-1]) != 1:
             raise Unfused(Reason.SHAPE, f"{name} whose elements do not follow one another")
     if q.root is k.root and not q.view.apart(k.view, rows):
-        raise Unfused(Reason.OTHER_USER, "the key is a part of the query")
+        raise Unfused(Reason.OTHER_USER, "the key is a part of the query", "give the key a tensor of its own")
     for rotation in (q, k):
         row = rotation.view.row(rows)
         if row is None:
-            raise Unfused(Reason.SHAPE, "heads whose place is a symbol: only the number of tokens may be one")
+            raise Unfused(Reason.SHAPE, "heads whose place is a symbol", DECLARE_N)
         if not row.distinct:
-            raise Unfused(Reason.SHAPE, "heads that share their memory cannot be rotated in place")
+            raise Unfused(Reason.SHAPE, "heads that share their memory", "rotate a tensor that is not expanded")
         if number(rotation.view.stride[2]) != 1:
             raise Unfused(Reason.SHAPE, f"elements of a head {rotation.view.stride[2]} apart")
         if shares_storage(rotation.root):
@@ -478,8 +504,23 @@ def _check_views(q: Rotation, k: Rotation, rows: Any) -> None:
             raise Unfused(Reason.SHAPE, f"{rotation.root.name} becomes a part of another tensor")
 
 
-def _bound(node: Node) -> bool:
-    """Whether someone holds the geometry of a tensor, or of a view of it: as strides and offsets, or as its bytes."""
+def _view(node: Node) -> View:
+    return View.of(node.meta["val"])
+
+
+def _returned_apart(node: Node, twin: Node, storage: Storage) -> bool:
+    """Whether the graph returns a copy in strides that its twin has not, or beside another part of the storage."""
+    outputs = [user for user in node.users if user.op == "output"]
+    others = {*storage.family, *storage.copies} - {node}
+    beside = any(other in others for output in outputs for other in output.all_input_nodes)
+    return bool(outputs) and (beside or _view(node).steps != _view(twin).steps)
+
+
+def _held(node: Node, twin: Node) -> bool:
+    """Whether a twin's geometry is another, and someone holds that of a tensor, or returns a view of it.
+
+    It is held as strides and offsets, or by the tensor's bytes.
+    """
 
     def holds(user: Node, view: Node) -> bool:
         if user.target is FUNCTIONALIZED[0]:
@@ -487,9 +528,10 @@ def _bound(node: Node) -> bool:
         if user.target is FUNCTIONALIZED[1]:
             op: Any = user.args[0]
             return any(a.alias_info is not None and user.kwargs[a.name] is view for a in op._schema.arguments)
-        return isinstance(user.target, torch._ops.HigherOrderOperator) or user.target in _GEOMETRIC
+        returned = user.op == "output" and view is not node
+        return returned or isinstance(user.target, torch._ops.HigherOrderOperator) or user.target in _GEOMETRIC
 
-    return any(holds(user, view) for view in views_of(node) for user in view.users)
+    return _view(node) != _view(twin) and any(holds(user, view) for view in views_of(node) for user in view.users)
 
 
 _GEOMETRIC = (
@@ -551,4 +593,5 @@ def _check_dtypes(update: _Update, q: Rotation, k: Rotation) -> None:
 
 def fuse(graph: Graph, allow_rounding: bool) -> list[Site]:
     """Fuses RoPE and cache updates in a functionalised graph, and says what became of every site."""
-    return _Fuser(graph, allow_rounding).run()
+    with unset_fake_temporarily():  # the pass computes, with fingerprints
+        return _Fuser(graph, allow_rounding).run()

@@ -5,11 +5,11 @@ Sizes are compared as numbers and symbolic expressions, never by the values that
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def expr_of(x: Any) -> Any:
 def number(x: Any) -> int | None:
     """A size that is the same whatever sizes the graph will run with; None where it is a symbol."""
     x = expr_of(x)
-    return int(x) if isinstance(x, int) or x.is_number else None
+    return int(x) if isinstance(x, int) or x.is_Integer else None
 
 
 def numbers(sizes: Iterable[Any]) -> list[int] | None:
@@ -71,27 +71,32 @@ def shape_text(node: Node) -> str:
 # ------------------------------------------------------------------------------------------------- calls
 
 
-def call_of(node: Node) -> tuple[str, dict[str, Any]] | None:
-    """The op of a node, functionalised or not, as ``namespace::name``, and its arguments by name."""
-    if node.op != "call_function":
-        return None
+@functools.cache
+def _schema(op: Any) -> tuple[str, tuple[str, ...], dict[str, Any], bool]:
+    """Of an op: its name, those of its arguments, their defaults, and whether its result is a view of the first."""
+    if not isinstance(op, torch._ops.OpOverload):
+        return "", (), {}, op is operator.getitem
+    given = op._schema.arguments
+    alias = given[0].alias_info if given else None
+    view = (alias is not None and not alias.is_write) or op in (aten.reshape.default, aten._unsafe_view.default)
+    defaults = {a.name: a.default_value for a in given if a.has_default_value()}
+    return op._schema.name, tuple(a.name for a in given), defaults, view
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an op, functionalised or not, by name."""
     if node.target in FUNCTIONALIZED:
-        op: Any = node.args[0]
-        return (op._schema.name, dict(node.kwargs)) if isinstance(op, torch._ops.OpOverload) else None
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    schema = node.target._schema
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return schema.name, defaults | given
+        return dict(node.kwargs)
+    _, names, defaults, _ = _schema(node.target)
+    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def op_name(node: Node) -> str:
-    """The op of a node as ``namespace::name``; empty for nodes without one."""
+    """The op of a node, functionalised or not, as ``namespace::name``; empty for nodes without one."""
     if node.op != "call_function":
         return ""
     op: Any = node.args[0] if node.target in FUNCTIONALIZED else node.target
-    return op._schema.name if isinstance(op, torch._ops.OpOverload) else ""
+    return _schema(op)[0]
 
 
 def is_rope(node: Node) -> bool:
@@ -102,13 +107,6 @@ def is_rope(node: Node) -> bool:
 def is_tensor(node: Node) -> bool:
     """Whether the node stands for one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def has_side_effects(node: Node) -> bool:
-    """Whether torch knows of effects of the node, but for the copies to inputs at the end of a graph."""
-    if node.target is torch.ops.higher_order.with_effects:
-        return True
-    return node.op == "call_function" and node.is_impure() and node.target is not aten.copy_.default
 
 
 def text_of(node: Node) -> str:
@@ -185,10 +183,7 @@ def refresh_views(nodes: Iterable[Node]) -> None:
 def _is_view(node: Node) -> bool:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return False
-    if node.target in (operator.getitem, aten.reshape.default, aten._unsafe_view.default):
-        return True
-    first = node.target._schema.arguments[0] if isinstance(node.target, torch._ops.OpOverload) else None
-    return first is not None and first.alias_info is not None and not first.alias_info.is_write
+    return _schema(node.target)[3]
 
 
 def root_of(node: Node) -> Node:
@@ -200,10 +195,10 @@ def root_of(node: Node) -> Node:
 
 def is_intermediate(node: Node) -> bool:
     """Whether a node is a scatter that only goes into another: torch makes one of the two, and of this one a view."""
-    return node.target in _SCATTERS and any(u.target in _SCATTERS and u.args[1] is node for u in node.users)
+    return node.target in SCATTERS and any(u.target in SCATTERS and u.args[1] is node for u in node.users)
 
 
-_SCATTERS = (
+SCATTERS = (
     aten.slice_scatter.default, aten.select_scatter.default, aten.as_strided_scatter.default,
     aten.diagonal_scatter.default,
 )  # fmt: skip
@@ -239,7 +234,7 @@ class Row:
     step: int
     places: Flat
 
-    @cached_property
+    @functools.cached_property
     def _order(self) -> Flat:
         return np.argsort(self.places, kind="stable")
 
@@ -268,7 +263,7 @@ class View:
     stride: tuple[Size, ...]
     offset: Size
 
-    @cached_property
+    @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
         return len(self.size), *map(expr_of, (*self.size, *self.stride, self.offset))
 
@@ -283,7 +278,7 @@ class View:
         """What a tensor is of its storage."""
         return View(tuple(t.size()), tuple(t.stride()), t.storage_offset())
 
-    @cached_property
+    @functools.cached_property
     def _dims(self) -> list[tuple[Any, Any]]:
         pairs = zip(map(expr_of, self.size), map(expr_of, self.stride), strict=True)
         return [(size, stride) for size, stride in pairs if size != 1]

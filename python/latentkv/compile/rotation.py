@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from .elements import TURNED, Elements, Values, gathered, is_split, means, split_part, table_chain
+from .elements import SIGN, TURNED, Elements, Ids, are, gathered, is_split, means, moved, same, table_chain
 from .graph import (
     FUNCTIONALIZED,
-    Flat,
     View,
-    call_of,
+    arguments,
     expr_of,
     is_intermediate,
     is_rope,
@@ -28,7 +28,7 @@ from .graph import (
     shape_text,
 )
 from .known_ops import ROPE_OPS, RopeOp
-from .report import Reason, Unfused
+from .report import DECLARE_N, Reason, Unfused
 
 
 @dataclass(frozen=True)
@@ -45,41 +45,38 @@ class Rotation:
     exact: bool  # to the bits that ours gives
 
     @property
-    def heads(self) -> int | None:
-        """H; None where it is a symbol."""
-        return number(self.view.size[1])
+    def advice(self) -> str:
+        """What to do to have the bits that ours gives."""
+        if self.op == "PyTorch":
+            return "upcast q_pe, k_pe, cos and sin to fp32, and round the result; or pass allow_rounding=True"
+        if ROPE_OPS[self.op].rounding == "contracts":
+            return "give it a table of 16 bits, or pass allow_rounding=True"
+        return Reason.ROUNDING.advice
 
-    def same_angles(self, other: Rotation) -> bool:
-        """Whether the heads of both are turned alike."""
-        mine, others = (
-            (r.positions, r.table, r.is_neox, expr_of(r.view.size[0]), expr_of(r.view.size[2])) for r in (self, other)
-        )
-        return mine == others
+    @property
+    def angles(self) -> tuple[Any, ...]:
+        """What heads that are turned alike have in common."""
+        rows, _, width = map(expr_of, self.view.size)
+        return self.positions, self.table, self.is_neox, rows, width
 
-    def index(self, e: Elements) -> Flat | None:
-        """Which elements of a row of the root these are; None where their place is not known."""
-        whole, part = View.of(self.root.meta["val"]).row(e.rows), self.view.row(e.rows)
-        return None if whole is None or part is None else whole.index(part)
+    def before(self, e: Elements) -> Ids | None:
+        """A row of the heads as they are, one element after another; None where that is not known."""
+        at, values = e.index(View.of(self.root.meta["val"]), self.view), e.values(self.root)
+        return None if at is None or values is None else values.reshape(-1)[at]
 
-    def before(self, e: Elements) -> Values | None:
-        """A row of the heads as they are."""
-        at = self.index(e)
-        return None if at is None else e.values(self.root, at)
-
-    def after(self, e: Elements, before: Values) -> Values | None:
+    def after(self, e: Elements, before: Ids | None) -> Ids | None:
         """The row turned: x cos - y sin and y cos + x sin, for pairs (x, y), as the contract rounds."""
         angles, width = e.angles(self.table, self.positions), number(self.view.size[2])
-        if angles is None or not width or width % 2 or len(angles.ids) != width:
+        if before is None or angles is None or not width or width % 2 or angles.size != width:
             return None
-        j, half = np.arange(len(before.ids)) % width, width // 2
-        if self.is_neox:
-            pair, second, partner = j % half, j >= half, np.where(j < half, half, -half)
-        else:
-            pair, second, partner = j // 2, j % 2 == 1, np.where(j % 2 == 0, 1, -1)
-        straight = e.multiply(before, angles.take(pair))
-        crossed = e.multiply(before.take(np.arange(len(j)) + partner), angles.take(pair + half))
-        crossed = replace(crossed, ids=np.where(second, crossed.ids, np.negative(crossed.ids)))
-        return e.to(e.add(straight, crossed), self.root.meta["val"].dtype)
+        # The first of each pair and the second, pair by pair.
+        shape, order = ((2, width // 2), (0, 1, 2)) if self.is_neox else ((width // 2, 2), (0, 2, 1))
+        x, y = before.reshape(-1, *shape).transpose(order).swapaxes(0, 1)
+        cos, sin = angles.reshape(2, -1)
+        first = e.add(e.multiply(x, cos), e.multiply(y, sin) ^ SIGN)
+        second = e.add(e.multiply(y, cos), e.multiply(x, sin))
+        turned = np.stack((first, second), 1).transpose(order).reshape(-1)
+        return e.to(turned, self.root.meta["val"].dtype)
 
 
 def _heads(view: View, head_size: int | None, start: int, rope_dim: int) -> View | None:
@@ -106,9 +103,7 @@ def rotations_of(node: Node) -> list[Rotation]:
     Raises:
         Unfused: it is called in a way that the fused op has nothing for.
     """
-    call = call_of(node)
-    assert call is not None
-    name, kwargs = call
+    name, kwargs = op_name(node), arguments(node)
     op: RopeOp = ROPE_OPS[name]
     positions, table = plain(kwargs["positions"]), kwargs["cos_sin_cache"]
     if not op.rotates(kwargs):
@@ -126,7 +121,8 @@ def rotations_of(node: Node) -> list[Rotation]:
         base, view = mutated
         heads = rope_dim and _heads(view, kwargs.get("head_size"), kwargs.get("rope_dim_offset", 0), rope_dim)
         if not heads:
-            raise Unfused(Reason.SHAPE, f"{argument} of {name}: {[expr_of(s) for s in view.size]}")
+            symbols = None in map(number, view.size[1:])
+            raise Unfused(Reason.SHAPE, f"{argument} of {name}: {list(map(expr_of, view.size))}", DECLARE_N * symbols)
         exact = op.rounds_as_ours(base.meta["val"].dtype, table.meta["val"].dtype)
         found.append(Rotation(name, node, root_of(base), heads, positions, table, kwargs["is_neox"], exact))
     return found
@@ -145,14 +141,14 @@ def given_to(node: Node) -> dict[Node, Node]:
 
 
 @means(operator.getitem)
-def _part(e: Elements, node: Node) -> Values | None:
+def _part(e: Elements, node: Node) -> Ids | None:
     """A part of a split, or what a rope op has rotated."""
-    source: Any = node.args[0]
+    source, index = node.args
+    assert isinstance(source, Node) and isinstance(index, int)
     if is_split(source):
-        return split_part(e, node)
-    if not is_rope(source):
-        return None
-    given = given_to(source).get(node)
+        parts = moved(e, source)
+        return None if parts is None else parts[index]
+    given = given_to(source).get(node) if is_rope(source) else None
     values = None if given is None else e.values(given)
     if given is None or values is None:
         return None
@@ -160,24 +156,22 @@ def _part(e: Elements, node: Node) -> Values | None:
         rotations = rotations_of(source)
     except Unfused:
         return None
-    view = View.of(given.meta["val"])
-    row = view.row(e.rows)
+    whole, turned = View.of(given.meta["val"]), values.reshape(-1).copy()
     for rotation in rotations:
-        if rotation.root is not root_of(given) or view.apart(rotation.view, e.rows):
+        at = e.index(whole, rotation.view)
+        if rotation.root is not root_of(given) or (at is None and whole.apart(rotation.view, e.rows)):
             continue
-        heads = rotation.view.row(e.rows)
-        at = row.index(heads) if row is not None and heads is not None else None
-        turned = None if at is None else rotation.after(e, values.take(at))
-        if at is None or turned is None:
+        after = None if at is None else rotation.after(e, turned[at])
+        if after is None:
             return None
-        values = values.put(at, turned)
-    return values
+        turned[at] = after
+    return turned
 
 
 def rotates_a_key(node: Node) -> bool:
     """Whether one of the tensors that a rope op rotates has a single head, as a key of MLA has."""
     try:
-        return any(rotation.heads == 1 for rotation in rotations_of(node))
+        return any(number(rotation.view.size[1]) == 1 for rotation in rotations_of(node))
     except Unfused:
         return True
 
@@ -197,36 +191,39 @@ class Finder:
 
     Attributes:
         exact: what their elements are, to the last bit.
+        turned: the nodes that rotate, or hold rotated elements and nothing else, in the graph's order.
     """
 
-    def __init__(self, rows: Any) -> None:
-        self.exact, self._real = Elements(rows), Elements(rows, rounded=False)
+    def __init__(self, graph: Graph, rows: Any) -> None:
+        self._graph, self.exact = graph, Elements(rows, graph)
         self._found: dict[Node, Rotation | None] = {}
+        found = filter(self._is_turned, self.exact.touched)
+        self.turned = {node: i for i, node in enumerate(found)}
 
-    def elements(self, exact: bool) -> Elements:
-        """To the last bit, or as real arithmetic would have them."""
-        return self.exact if exact else self._real
+    @functools.cached_property
+    def real(self) -> Elements:
+        """What their elements are in real arithmetic."""
+        return Elements(self.exact.rows, self._graph, rounded=False)
 
-    def is_turned(self, node: Node) -> bool:
-        """Whether a node may hold rotated heads and nothing else."""
-        values = self.exact.known(node)
-        return values is not None and values.are(TURNED)
+    def _is_turned(self, node: Node) -> bool:
+        return is_rope(node) or are(self.exact.known(node), TURNED)
 
     def rotation_of(self, result: Node) -> Rotation | None:
         """The rotation that makes ``result``."""
         if result not in self._found:
-            self._found[result] = self._find(result) if self.is_turned(result) else None
+            self._found[result] = self._find(result) if self._is_turned(result) else None
         return self._found[result]
 
     def _find(self, result: Node) -> Rotation | None:
         expression = self.exact.expression(result)
-        known = [rotation for node in filter(is_rope, expression) for rotation in rotations_of(node)]
-        for rotation in (*known, *self._candidates(result, expression)):
-            for e in (self.exact, self._real):
-                before = rotation.before(e)
-                after = None if before is None else rotation.after(e, before)
-                if after is not None and after.same(e.values(result)):
-                    return replace(rotation, exact=rotation.exact and e is self.exact)
+        candidates = [rotation for node in filter(is_rope, expression) for rotation in rotations_of(node)]
+        candidates += self._candidates(result, expression)
+        for exact in (True, False):
+            e = self.exact if exact else self.real
+            values = e.values(result)
+            for rotation in candidates:
+                if values is not None and same(rotation.after(e, rotation.before(e)), values.reshape(-1)):
+                    return replace(rotation, exact=rotation.exact and exact)
         return None
 
     def _candidates(self, result: Node, expression: list[Node]) -> Iterator[Rotation]:

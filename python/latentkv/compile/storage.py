@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.fx import Node
 
-from .elements import Elements
-from .graph import Flat, View, expr_of, is_rope, is_tensor, parent_of, root_of, views_of
+from .elements import Elements, alike, same
+from .graph import View, expr_of, is_rope, is_tensor, parent_of, root_of, views_of
 from .report import Reason, Unfused
 from .rotation import Rotation, given_to, heads_of
 
@@ -43,78 +44,63 @@ class Storage:
     """
 
     def __init__(self, root: Node, rotations: Sequence[Rotation], e: Elements) -> None:
-        self.root, self._e = root, e
+        self.root, self._e, self._whole = root, e, View.of(root.meta["val"])
         self.views = set(views_of(root))
         self.family = _family(root)
-        row, before = View.of(root.meta["val"]).row(e.rows), e.values(root)
-        if row is None or before is None:
+        before = e.values(root)
+        if e.row(self._whole) is None or before is None:
             raise Unfused(Reason.SHAPE, f"the elements of {root.name} do not lie row by row")
-        self._row, self._before, self._after = row, before, before
-        self._turned = np.zeros(len(before.ids), np.bool_)
+        self._before = before.reshape(-1)
+        self._after, self._turned = self._before.copy(), np.zeros(before.size, np.bool_)
         for rotation in rotations:
             if rotation.root is root:
-                at, heads = rotation.index(e), rotation.before(e)
-                after = None if heads is None else rotation.after(e, heads)
+                at, after = e.index(self._whole, rotation.view), rotation.after(e, rotation.before(e))
                 assert at is not None and after is not None
-                self._turned[at] = True
-                self._after = self._after.put(at, after)
-        self._versions: dict[Node, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
+                self._after[at], self._turned[at] = after, True
+        self._versions: dict[Node, NDArray[np.bool_]] = {}
         self.copies = self._copies()
 
     def state(self, node: Node) -> State:
         """What a member of the family holds."""
-        parts = [self._within(part) for part in _parts(node)]
-        apart = not any(self._turned[part].any() for part in parts)
-        if node in self.views:
-            return State.APART if apart else State.OLD
-        old, new = self._held(root_of(node))
+        parts = [self._e.within(self._whole, view) for view in _parts(node)]
+        old, new = self._held(node if node in self.views else root_of(node))
         if all(old[part].all() for part in parts):
-            return State.APART if apart else State.OLD
+            return State.OLD if any(self._turned[part].any() for part in parts) else State.APART
         return State.NEW if all(new[part].all() for part in parts) else State.MIXED
 
     def holds_all(self, node: Node) -> bool:
         """Whether a node holds all of the root, as it is after the rotation."""
         member = self.copies.get(node, node)
-        if member not in self.family or View.of(member.meta["val"]) != View.of(self.root.meta["val"]):
+        if member not in self.family or View.of(member.meta["val"]) != self._whole:
             return False
         return node in self.copies or self.state(member) is State.NEW
 
-    def _within(self, view: View) -> Flat:
-        """Which elements of a row of the root a view may hold: all of them where that is not known."""
-        found = view.within(self._row)
-        return np.arange(len(self._turned)) if found is None else found
-
-    def _held(self, version: Node) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which elements of the storage a later version holds as they were before the rotation, and as after it."""
+    def _held(self, version: Node) -> NDArray[np.bool_]:
+        """Which elements of the storage a version holds as they were before the rotation, and as they are after it."""
+        if version in self.views:
+            return np.array([[True], [False]]).repeat(len(self._turned), 1)
         if version not in self._versions:
-            old, new = np.zeros((2, len(self._turned)), np.bool_)
-            at, values = self._index(version), self._e.values(version)
+            held = np.zeros((2, len(self._turned)), np.bool_)
+            at, values = self._e.index(self._whole, View.of(version.meta["val"])), self._e.values(version)
             if at is not None and values is not None:
-                old[at] = values.ids == self._before.ids[at]
-                new[at] = values.ids == self._after.ids[at]
-            self._versions[version] = old, new
+                held[:, at] = [alike(values.reshape(-1), known[at]) for known in (self._before, self._after)]
+            self._versions[version] = held
         return self._versions[version]
 
-    def _index(self, member: Node) -> Flat | None:
-        """Where a row of a member lies in a row of the root."""
-        row = View.of(member.meta["val"]).row(self._e.rows) if is_tensor(member) else None
-        return None if row is None else self._row.index(row)
-
     def _copies(self) -> dict[Node, Node]:
-        members: dict[tuple[int, ...], dict[View, Node]] = {}
-        for member in self.family:
-            at, form = self._index(member), self._e.form(member)
-            if at is not None and form is not None and self._turned[at].any():
-                view = View.of(member.meta["val"])
-                members.setdefault((len(view.size), *form.shape), {}).setdefault(view, member)
+        members: dict[tuple[Any, ...], dict[View, Node]] = {}  # by shape
+        for member in filter(is_tensor, self.family):
+            view = View.of(member.meta["val"])
+            at = self._e.index(self._whole, view)
+            if at is not None and self._turned[at].any():
+                members.setdefault(tuple(map(expr_of, view.size)), {}).setdefault(view, member)
         found: dict[Node, Node] = {}
         for node in self._e.consequences(self.root):
-            own = node not in self.family and is_tensor(node) and root_of(node) not in found
-            values, form = self._e.known(node), self._e.form(node)
-            if not own or values is None or form is None or node.meta["val"].dtype != self.root.meta["val"].dtype:
+            values = self._e.known(node) if node not in self.family and root_of(node) not in found else None
+            if values is None or node.meta["val"].dtype != self.root.meta["val"].dtype:
                 continue
-            for member in members.get((node.meta["val"].dim(), *form.shape), {}).values():
-                if values.same(self._after.take(self._index(member))):  # type: ignore[arg-type]
+            for view, member in members.get(tuple(map(expr_of, node.meta["val"].shape)), {}).items():
+                if same(values.reshape(-1), self._after[self._e.index(self._whole, view)]):
                     found[node] = member
                     break
         return found
@@ -154,35 +140,24 @@ def origins(rotation: Rotation, e: Elements) -> list[Rotation]:
 
 
 def _earlier(rotation: Rotation, e: Elements) -> Rotation | None:
-    root = rotation.root
-    source = root.args[0] if root.op == "call_function" and root.args else None
+    root, view = rotation.root, rotation.view
+    source: Any = root.args[0] if root.op == "call_function" and root.args else None
     if isinstance(source, Node) and is_rope(source):
         source = given_to(source).get(root)
-    elif root.target in _COPIES:  # of just these heads, in whatever shape
-        while isinstance(source, Node) and (heads_of(source) is None or not _fits(rotation, source)):
-            source = source.args[0] if source.target in _COPIES else None
-        if not isinstance(source, Node):
-            return None
-        view = heads_of(source)
-        earlier = None if view is None else replace(rotation, root=root_of(source), view=view)
-        return earlier if earlier is not None and _same_heads(earlier, rotation, e) else None
-    elif root.target is not aten.slice_scatter.default:
+    elif root.target not in (*_COPIES, aten.slice_scatter.default):
         return None
-    if not isinstance(source, Node) or View.of(source.meta["val"]) != View.of(root.meta["val"]):
+    if root.target in _COPIES:  # of just these heads, in whatever shape
+        sizes = list(map(expr_of, view.size))
+        while (found := heads_of(source)) is None or list(map(expr_of, found.size)) != sizes:
+            if source.target not in _COPIES:
+                return None
+            source = source.args[0]
+        view = found
+    elif source is None or View.of(source.meta["val"]) != View.of(root.meta["val"]):
         return None
     # Whatever became the later version, it must not have touched these heads.
-    earlier = replace(rotation, root=root_of(source))
-    return earlier if _same_heads(earlier, rotation, e) else None
-
-
-def _fits(rotation: Rotation, source: Node) -> bool:
-    view = heads_of(source)
-    return view is not None and list(map(expr_of, view.size)) == list(map(expr_of, rotation.view.size))
-
-
-def _same_heads(one: Rotation, other: Rotation, e: Elements) -> bool:
-    mine, theirs = one.before(e), other.before(e)
-    return mine is not None and mine.same(theirs)
+    earlier = replace(rotation, root=root_of(source), view=view)
+    return earlier if same(earlier.before(e), rotation.before(e)) else None
 
 
 _COPIES = (
