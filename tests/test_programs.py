@@ -221,6 +221,21 @@ RETURNS_A_VIEW = Program(
 )
 # A tensor and its copy: whoever changes one of them later must not change the other.
 RETURNS_A_COPY = Program((*RETURNS_A_VIEW.lines[:5], *RETURNS_A_VIEW.lines[6:8], "out += [q0, q0.clone(), k0, k0 * 1]"))
+# The key is a head of the query, and of a later version of it than the copy that is rotated.
+KEY_OF_A_LATER_VERSION = Program(
+    (
+        "q0 = (x @ w_q0).view(-1, H, P + R)",
+        "c0 = x @ w_kv0[:, :L]",
+        "k0 = q0[:, 0, P:]",
+        "q0[..., :9].mul_(0.5)",
+        "r0 = q0[..., P:].contiguous()",
+        "rope_(positions, r0, None, table, True)",
+        "rope_(positions, k0[:, None], None, table, True)",
+        "write_cache_(c0, k0, slots, cache0, None, None, 'fp32')",
+        "out += attention(q0[..., :P], r0, c0, k0.flip(-1), None, cache0, None)",
+    ),
+    activation="fp32",
+)
 # Shrinking takes minutes, and a program can be read as it is.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 EXAMPLES = settings().max_examples
@@ -233,6 +248,7 @@ EXAMPLES = settings().max_examples
 @example(PART_OF_ONE_ROW)
 @example(RETURNS_A_VIEW)
 @example(RETURNS_A_COPY)
+@example(KEY_OF_A_LATER_VERSION)
 def test_the_bits_stay(device: str, program: Program) -> None:
     record(check(program, device))
 

@@ -277,6 +277,8 @@ class _Fuser:
         """Who reads the storages of q and k, before and after; checks that all of it can be put in order."""
         update, at = plan.update, plan.update.node
         family = {node: storage for storage in plan.storages for node in storage.family}
+        if len(family) < sum(len(storage.family) for storage in plan.storages):
+            raise Unfused(Reason.OTHER_USER, "one of q and k_pe is in a later version of the other's storage")
         copies = {node for storage in plan.storages for node in storage.copies}
         own = {at, *(u for u in at.users if u.target is operator.getitem)}
         gone = plan.gone = {*family, *copies, *own}
