@@ -21,28 +21,9 @@ import sys
 from typing import Any
 
 import torch
-from latentkv.testing.engines import TINY, fill_vllm_weights
+from latentkv.testing.engines import TINY
+from latentkv.testing.vllm import Forced, fill_weights
 from vllm import LLM, SamplingParams
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-
-class Forced(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Makes a request's answer the one that it was given; log probabilities are those from before."""
-
-    def is_argmax_invariant(self) -> bool:
-        return False
-
-    def new_req_logits_processor(self, params: Any) -> Any:
-        answer = params.extra_args["answer"]
-
-        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            token = answer[len(output_ids)]
-            kept = logits[token].item()
-            logits.fill_(-torch.inf)
-            logits[token] = kept
-            return logits
-
-        return force
 
 
 def count_steps() -> collections.Counter[tuple[int, int]]:
@@ -72,7 +53,7 @@ def engine(file: pathlib.Path) -> None:
     model.mkdir()
     config = TINY | run["model"]
     (model / "config.json").write_text(json.dumps(config))
-    fill_vllm_weights()
+    fill_weights()
     if run["without"]:
         module, name = run["without"].split(":")
         importlib.import_module("vllm.model_executor.layers.attention")

@@ -1,10 +1,8 @@
-"""What tests and benchmarks of engines share: configurations of models, and random weights that matter."""
+"""What tests and benchmarks of engines share: configurations of models, and the environment of an engine."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
 
 VLLM_OFFLINE = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -41,28 +39,3 @@ V3 = {
     "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
 }  # fmt: skip
 """What makes a DeepSeek-V3 of one of the above."""
-
-
-def fill_vllm_weights() -> None:
-    """Lets vLLM's ``load_format="dummy"`` fill weights with unit gain, the same in each process and for each dtype.
-
-    Its own are so small that a model's answer depends on the last token alone.
-    """
-    from vllm.model_executor.model_loader import dummy_loader, weight_utils
-
-    calls = 0
-
-    def fill(param: torch.Tensor, *_: Any, **__: Any) -> None:
-        nonlocal calls
-        if not param.is_floating_point() or param.device.type == "meta":
-            return
-        calls += 1
-        seeded = torch.Generator(param.device).manual_seed(calls)
-        if param.dim() < 2:
-            param.data.copy_(1 + 0.1 * torch.randn(param.shape, generator=seeded, device=param.device))
-        else:
-            param.data.normal_(0, param.shape[-1] ** -0.5, generator=seeded)
-
-    for module in (weight_utils, dummy_loader):
-        if hasattr(module, "initialize_single_dummy_weight"):
-            module.initialize_single_dummy_weight = fill
