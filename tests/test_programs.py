@@ -236,6 +236,25 @@ KEY_OF_A_LATER_VERSION = Program(
     ),
     activation="fp32",
 )
+# Two layers have one latent and key: the second RoPE of the key gives what the first gave, and goes with it.
+KEY_OF_TWO_LAYERS = Program(
+    (
+        "q1 = (x @ w_q1).view(-1, H, P + R)",
+        "k1, c1 = (x @ w_kv1).split([R, L], -1)",
+        "q2 = (x @ w_q2).view(-1, H, P + R)",
+        "k2, c2 = k1, c1.clone()",
+        "k1 = k1.clone()",
+        "rope_(positions, k1[:, None], None, table, False)",
+        "rope_(positions, q1[..., P:], None, table, False)",
+        "rope_(positions, q2[..., :R], None, table, False)",
+        "rope_(positions, k2[:, None], None, table, False)",
+        "write_cache_(c1, k1, slots, cache1, None, None, 'fp32')",
+        "write_cache_(c2, k2, slots, cache2, None, None, 'fp32')",
+        "out += attention(q1, None, c1, k1.clone(), None, cache1, None)",
+        "out += attention(q2, None, c2, k2, None, cache2, None)",
+    ),
+    activation="fp32",
+)
 # Shrinking takes minutes, and a program can be read as it is.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 EXAMPLES = settings().max_examples
@@ -249,6 +268,7 @@ EXAMPLES = settings().max_examples
 @example(RETURNS_A_VIEW)
 @example(RETURNS_A_COPY)
 @example(KEY_OF_A_LATER_VERSION)
+@example(KEY_OF_TWO_LAYERS)
 def test_the_bits_stay(device: str, program: Program) -> None:
     record(check(program, device))
 

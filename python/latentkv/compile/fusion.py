@@ -163,7 +163,7 @@ class _Fuser:
             except Unfused as why:
                 sites.append(_unfused(update.name, rope, why, update.node))
         for node in ropes:
-            if node not in keys and node not in self.taken and rotates_a_key(node):
+            if not (node._erased or node in keys or node in self.taken) and rotates_a_key(node):
                 sites.append(_unfused(None, op_name(node), Unfused(Reason.NO_UPDATE), node))
         return sites
 
